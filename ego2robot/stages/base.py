@@ -1,0 +1,51 @@
+"""What the pipeline asks of a hand detector and of an embedder."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ego2robot.types import Hand
+
+
+class HandDetector(Protocol):
+    def detect(self, frames_THWC: torch.Tensor, indices: np.ndarray) -> list[list[Hand]]:
+        """The hands in ``frames_THWC[indices]`` (uint8 RGB), one list per index, each sorted by side.
+
+        ``Hand.frame`` is the index. At most ``max_hands`` a frame, at most one per side.
+        """
+
+    def close(self) -> None: ...
+
+
+class Embedder(Protocol):
+    """A model that turns some frames of a clip into one vector.
+
+    ``prepare`` runs beside the decoder (cheap, uint8), ``embed`` where the model is, on batches that
+    come from many videos.
+
+    Attributes:
+        name: folder under ``embeddings/``.
+        dim: length of the vector.
+        weights: hub id or folder and revision, as it is stored beside the vectors.
+        fingerprint: hash of the weights' bytes.
+        random: the weights are random.
+        batch_size: clips per call; smaller batches are padded to it, so that results do not depend on
+            how clips were grouped.
+    """
+
+    name: str
+    dim: int
+    weights: str
+    fingerprint: str
+    random: bool
+    batch_size: int
+
+    def embed(self, prepared_BTHWC: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, T, h, w, 3] from ``prepare`` to float32 [B, dim] on the CPU.
+
+        Raises:
+            FloatingPointError: a vector is not finite.
+        """

@@ -1,0 +1,1 @@
+"""Parquet parts, ledger and run directory."""
