@@ -20,11 +20,23 @@ class HandDetector(Protocol):
     def close(self) -> None: ...
 
 
+class Preprocess(Protocol):
+    """The part of an embedder that runs in the decoding process. Small, picklable, loads no model."""
+
+    name: str
+
+    def indices(self, n_frames: int) -> np.ndarray:
+        """Which frames of a clip of ``n_frames`` the model looks at: int64 [T], may repeat."""
+
+    def prepare(self, frames_THWC: torch.Tensor) -> torch.Tensor:
+        """uint8 [T, H, W, 3] to uint8 [T, h, w, 3]: resized and cropped, not yet normalised."""
+
+
 class Embedder(Protocol):
     """A model that turns some frames of a clip into one vector.
 
-    ``prepare`` runs beside the decoder (cheap, uint8), ``embed`` where the model is, on batches that
-    come from many videos.
+    ``preprocess`` runs beside the decoder (cheap, uint8), ``embed`` where the model is, on batches
+    that come from many videos.
 
     Attributes:
         name: folder under ``embeddings/``.
@@ -37,6 +49,7 @@ class Embedder(Protocol):
     """
 
     name: str
+    preprocess: Preprocess
     dim: int
     weights: str
     fingerprint: str
