@@ -1,0 +1,9 @@
+"""Where videos come from."""
+
+from ego2robot.sources.base import Candidate, Source
+from ego2robot.sources.egocentric10k import Egocentric10K
+from ego2robot.sources.folder import Folder
+
+SOURCES: dict[str, Source] = {"folder": Folder(), "egocentric10k": Egocentric10K()}
+
+__all__ = ["SOURCES", "Candidate", "Source"]

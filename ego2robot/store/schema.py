@@ -36,6 +36,7 @@ UNITS = pa.schema(
         _field("bit_depth", pa.int32(), "bits", False),
         _field("first", pa.list_(pa.int64()), "grid index of each clip's first frame", False),
         _field("length", pa.list_(pa.int32()), "frames of each clip", False),
+        _field("sample_fps", pa.float64(), "grid frames/s", False),
         _field("cost_s", pa.float64(), "estimated seconds of decoding", False),
         _field("meta", META, "the source's own fields", False),
     ]

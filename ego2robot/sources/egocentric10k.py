@@ -1,0 +1,128 @@
+"""Egocentric-10K (and -100K): WebDataset tars, read in place.
+
+``factory_001/workers/worker_001/factory001_worker001_part00.tar`` holds ``<key>.mp4`` and ``<key>.json``;
+``intrinsics.json`` lies beside the tars of a worker. Member names never become paths: a video is a
+byte range of its tar.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ego2robot.errors import VideoError
+from ego2robot.sources.base import Candidate, display_name, find_files
+from ego2robot.types import Blob
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
+MAX_JSON_BYTES = 1 << 20
+KEY = re.compile(r"(factory)_?(\d+)_(worker)_?(\d+)")
+
+
+class Egocentric10K:
+    def candidates(self, path: str, skip: Path | None) -> Iterator[Candidate | VideoError]:
+        intrinsics: dict[Path, tuple[str | None, VideoError | None]] = {}
+        for tar in find_files(path, (".tar",), skip, "tars"):
+            if tar.parent not in intrinsics:
+                intrinsics[tar.parent] = _intrinsics(tar.parent / "intrinsics.json")
+                problem = intrinsics[tar.parent][1]
+                if problem:
+                    yield problem
+            camera = intrinsics[tar.parent][0]
+            for found in tar_members(tar, display_name(tar, path)):
+                if isinstance(found, Candidate) and camera:
+                    found = replace(found, meta={**found.meta, "intrinsics": camera})  # noqa: PLW2901
+                yield found
+
+
+def _intrinsics(path: Path) -> tuple[str | None, VideoError | None]:
+    """The worker's camera as compact JSON text, None where there is no such file."""
+    if not path.is_file():
+        return None, None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "its videos are used without camera intrinsics"
+        return None, VideoError(str(path), f"not JSON: {error}", hint, "metadata")
+    return json.dumps(value, separators=(",", ":")), None
+
+
+def tar_members(tar: Path, name: str) -> Iterator[Candidate | VideoError]:
+    """The videos of one tar as byte ranges, with the fields of the JSON that shares their key.
+
+    A tar that breaks off yields what is whole before the break, then the error.
+    """
+    videos: list[tuple[str, int, int]] = []
+    metas: dict[str, dict[str, str] | VideoError] = {}
+    broken: VideoError | None = None
+    try:
+        size = tar.stat().st_size
+        if size == 0:
+            yield VideoError(name, "empty file (0 bytes)", "fetch it again", "empty")
+            return
+        with tarfile.open(tar, "r:") as archive, tar.open("rb") as raw:
+            end = 0
+            for member in archive:
+                end = member.offset_data + member.size
+                if not member.isreg() or member.issparse():
+                    continue
+                key, dot, suffix = member.name.rpartition(".")
+                if end > size:
+                    broken = _cut(f"{name}::{member.name}", size)
+                elif dot + suffix.lower() in VIDEO_SUFFIXES:
+                    videos.append((member.name, member.offset_data, member.size))
+                elif suffix.lower() == "json":
+                    raw.seek(member.offset_data)
+                    metas[key] = _fields(f"{name}::{member.name}", raw.read(min(member.size, MAX_JSON_BYTES)))
+            if broken is None and size < -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE:
+                broken = _cut(name, size)
+    except tarfile.TarError as error:
+        text = "breaks off" if videos else "not a tar"
+        broken = VideoError(
+            name, f"{text}: {error}", "fetch it again", "truncated" if videos else "not_a_video"
+        )
+    except OSError as error:
+        broken = VideoError(name, error.strerror or str(error), "check the file", "missing")
+    for member_name, offset, length in videos:
+        full = f"{name}::{member_name}"
+        key = member_name.rpartition(".")[0]
+        meta = metas.get(key, VideoError(full, f"no {key}.json beside it in the tar", "", "metadata"))
+        problem = None
+        if isinstance(meta, VideoError):
+            hint = "used all the same, its fields read off its name"
+            problem = VideoError(meta.name, meta.cause, hint, "metadata")
+            meta = {}
+        yield Candidate(full, Blob(str(tar.absolute()), offset, length, False), _with_key(meta, key), problem)
+    if broken:
+        yield broken
+
+
+def _cut(name: str, size: int) -> VideoError:
+    return VideoError(name, f"the tar breaks off at byte {size:,}", "fetch it again", "truncated")
+
+
+def _fields(name: str, data: bytes) -> dict[str, str] | VideoError:
+    """The flat fields of a video's JSON as text."""
+    try:
+        value: Any = json.loads(data)
+    except ValueError as error:
+        return VideoError(name, f"not JSON: {error}", "", "metadata")
+    if not isinstance(value, dict):
+        return VideoError(name, f"a mapping was expected, this is a {type(value).__name__}", "", "metadata")
+    return {
+        str(key): item if isinstance(item, str) else json.dumps(item)
+        for key, item in value.items()
+        if item is not None
+    }
+
+
+def _with_key(meta: dict[str, str], key: str) -> dict[str, str]:
+    """Adds ``factory_id`` and ``worker_id`` from the key where the JSON lacks them."""
+    match = KEY.search(key)
+    named = {f"{match[1]}_id": f"{match[1]}_{match[2]}", f"{match[3]}_id": f"{match[3]}_{match[4]}"} if match else {}
+    return named | meta
