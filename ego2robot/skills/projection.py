@@ -1,0 +1,102 @@
+"""Embeddings as points on a plane, for a person to look at. No number of a run depends on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+MAX_POINTS = 20_000  # more take minutes and cannot be told apart on a page
+PCA_DIMS = 50
+TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """``points``: method → float32 [N, 2], NaN for rows that were not projected. ``warnings``: what a
+    reader of the picture must know."""
+
+    points: dict[str, np.ndarray]
+    warnings: list[str]
+
+
+def project(x_ND: np.ndarray, methods: Sequence[str], seed: int, device: str = "cpu") -> Projection:
+    """Projects rows onto two dimensions with ``tsne`` and ``umap``, after PCA to 50.
+
+    t-SNE has perplexity min(30, n − 1) (the reference's), UMAP min(15, n − 1) neighbours; both are
+    seeded. Up to three points, or points that are all the same, are laid out by PCA instead: their
+    neighbourhoods say nothing. Beyond 20,000 rows a seeded sample is projected. On ``cuda`` cuML is
+    used where it is installed. Without umap-learn there is no UMAP, only a warning.
+
+    Args:
+        x_ND: float32, finite.
+    """
+    n, warnings = len(x_ND), []
+    rows = np.arange(n)
+    if n > MAX_POINTS:
+        rows = np.sort(np.random.default_rng(seed).choice(n, MAX_POINTS, replace=False))
+        if methods:
+            warnings.append(f"the projection shows {MAX_POINTS:,} of {n:,} clips, drawn with the seed")
+    points: dict[str, np.ndarray] = {}
+    use_cuml = device != "cpu" and torch.cuda.device_count() > 0
+    reduced = pca(x_ND[rows], PCA_DIMS) if methods and n else np.zeros((n, 2), np.float32)
+    flat = n <= 3 or bool((x_ND[rows] == x_ND[rows[0]]).all())
+    for method in dict.fromkeys(methods):
+        if flat:
+            plane = reduced[:, :2]
+        else:
+            try:
+                plane = (_tsne if method == "tsne" else _umap)(reduced, seed, use_cuml)
+            except ImportError as error:
+                warnings.append(f"no {TITLES[method]}: {error}; pip install umap-learn")
+                continue
+        points[method] = np.full((n, 2), math.nan, np.float32)
+        points[method][rows] = plane
+    return Projection(points, warnings)
+
+
+def pca(x_ND: np.ndarray, dims: int) -> np.ndarray:
+    """The first ``dims`` principal components of each row, float32 [N, max(2, min(dims, N, D))]; an axis
+    points where its largest weight is positive. Zeros stand for axes that the data does not have."""
+    centred_ND = x_ND.astype(np.float64) - x_ND.mean(axis=0, dtype=np.float64)
+    n, d = x_ND.shape
+    if n >= d:
+        axes_DP = np.linalg.eigh(centred_ND.T @ centred_ND)[1][:, ::-1]
+    else:
+        axes_DP = np.linalg.svd(centred_ND, full_matrices=False)[2].T
+    axes_DP = axes_DP[:, :dims]
+    strongest = np.abs(axes_DP).argmax(axis=0)
+    reduced_NP = centred_ND @ (axes_DP * np.sign(axes_DP[strongest, np.arange(axes_DP.shape[1])]))
+    return np.pad(reduced_NP, ((0, 0), (0, max(0, 2 - reduced_NP.shape[1])))).astype(np.float32)
+
+
+def _tsne(x_ND: np.ndarray, seed: int, use_cuml: bool) -> np.ndarray:
+    perplexity = min(30, len(x_ND) - 1)
+    if use_cuml:
+        try:
+            from cuml.manifold import TSNE as GpuTSNE
+        except ImportError:
+            pass  # scikit-learn's gives the same kind of picture, more slowly
+        else:
+            return np.asarray(GpuTSNE(perplexity=perplexity, random_state=seed).fit_transform(x_ND))
+    from sklearn.manifold import TSNE
+
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(x_ND)
+
+
+def _umap(x_ND: np.ndarray, seed: int, use_cuml: bool) -> np.ndarray:
+    neighbours = min(15, len(x_ND) - 1)
+    if use_cuml:
+        try:
+            from cuml.manifold import UMAP as GpuUMAP
+        except ImportError:
+            pass  # umap-learn's is the original
+        else:
+            return np.asarray(GpuUMAP(n_neighbors=neighbours, random_state=seed).fit_transform(x_ND))
+    from umap import UMAP
+
+    # One thread: with a seed umap-learn cannot use more, and says so when it is not told.
+    return UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(x_ND)
