@@ -336,7 +336,9 @@ def _explain(error: ValidationError, tree: Mapping[str, Any], origin: str) -> li
         if item["type"] == "literal_error" and isinstance(value, str):
             options = [o.strip("' ") for o in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
             near = difflib.get_close_matches(value, options, n=1)
-            message = f"should be one of {', '.join(options)}" + (f"; did you mean {near[0]!r}?" if near else "")
+            message = f"should be one of {', '.join(options)}" + (
+                f"; did you mean {near[0]!r}?" if near else ""
+            )
         if key.startswith("gate.min_"):
             message = "should be a number from 0 to 1, or {quantile: 0 to 1}"
         lines.setdefault(key, f"{origin}: {key}={value!r}: {message}")

@@ -61,7 +61,7 @@ def find_files(path: str, suffixes: tuple[str, ...], skip: Path | None, what: st
     elif root.exists():
         return [root]
     else:
-        matches = [Path(match) for match in glob.glob(str(root), recursive=True)]
+        matches = [Path(match) for match in glob.glob(str(root), recursive=True)]  # noqa: PTH207 — absolute patterns
         if not matches:
             raise UserError(
                 f"source.path={path}: "
@@ -82,9 +82,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], skip: Path | None) -> list[Path
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
         here = Path(folder)
-        folders[:] = sorted(
-            f for f in folders if not f.startswith(".") and (here / f).resolve() != skipped
-        )
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and (here / f).resolve() != skipped)
         found += [here / f for f in files if not f.startswith(".") and Path(f).suffix.lower() in suffixes]
     return found
 

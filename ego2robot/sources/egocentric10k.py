@@ -79,7 +79,9 @@ def tar_members(tar: Path, name: str) -> Iterator[Candidate | VideoError]:
                 elif suffix.lower() == "json":
                     raw.seek(member.offset_data)
                     metas[key] = _fields(f"{name}::{member.name}", raw.read(min(member.size, MAX_JSON_BYTES)))
-            if broken is None and size < -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE:
+            # A whole tar ends in blocks of zeros; tarfile itself takes a cut header for the end.
+            raw.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            if broken is None and raw.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 broken = _cut(name, size)
     except tarfile.TarError as error:
         text = "breaks off" if videos else "not a tar"
@@ -124,5 +126,9 @@ def _fields(name: str, data: bytes) -> dict[str, str] | VideoError:
 def _with_key(meta: dict[str, str], key: str) -> dict[str, str]:
     """Adds ``factory_id`` and ``worker_id`` from the key where the JSON lacks them."""
     match = KEY.search(key)
-    named = {f"{match[1]}_id": f"{match[1]}_{match[2]}", f"{match[3]}_id": f"{match[3]}_{match[4]}"} if match else {}
+    named = (
+        {f"{match[1]}_id": f"{match[1]}_{match[2]}", f"{match[3]}_id": f"{match[3]}_{match[4]}"}
+        if match
+        else {}
+    )
     return named | meta

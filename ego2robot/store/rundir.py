@@ -171,10 +171,14 @@ class RunDir:
         """The plan: one row per unit of work (``schema.UNITS``)."""
         return pq.read_table(self.path / "plan" / "units.parquet")
 
+    def read_json(self, relative: str) -> dict[str, Any] | None:
+        """A JSON mapping of the run directory, None where there is no such file."""
+        path = self.path / relative
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
     def skills(self) -> dict[str, Any] | None:
         """What ``ego2robot cluster`` found (``skills/skills.json``), or None before it ran."""
-        path = self.path / "skills" / "skills.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        return self.read_json("skills/skills.json")
 
     # -- metrics ---------------------------------------------------------------------------------
 

@@ -1,0 +1,57 @@
+# Everything lives in .venv; `make` alone lists what there is.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+EXTRAS ?= cpu,dev
+CONSTRAINTS ?= constraints/cpu.txt
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LEROBOT := .venv-lerobot
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-lerobot lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+install: $(READY) ## make .venv with everything the CPU job needs, and fetch the hand models
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv found; install one (Debian: apt install python3 python3-venv) or run: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(BIN)/ego2robot models pull
+	@touch $@
+
+demo: $(READY) ## footage with known truth → LeRobot dataset and report, on the CPU
+	$(BIN)/ego2robot sample $(DEMO)/footage --minutes 4 --videos 2
+	$(BIN)/ego2robot run demo
+	$(BIN)/ego2robot verify $(DEMO)/run --truth $(DEMO)/footage
+
+test: $(READY) ## all tests but those that need a LeRobot environment
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+$(LEROBOT)/.ready:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found" >&2; exit 2; }
+	$(PYTHON) -m venv $(LEROBOT)
+	$(LEROBOT)/bin/python -m pip install --quiet lerobot==0.4.4
+	@touch $@
+
+test-lerobot: $(READY) $(LEROBOT)/.ready ## open what we export with the real lerobot 0.4.4 (own environment, 8 GB)
+	LEROBOT_PYTHON=$(CURDIR)/$(LEROBOT)/bin/python $(BIN)/python -m pytest tests/test_lerobot_client.py $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## the CPU benchmarks; results go to benchmarks/results/
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## remove .venv and what runs and tests left
+	rm -rf $(VENV) $(LEROBOT) runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,332 @@
+"""The commands. Each parses, calls and prints; the work is elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+import typer.core
+
+from ego2robot import __version__, config
+from ego2robot.errors import UserError, VideoError
+
+EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, EXIT_FOUND = 130, 143, 2, 1
+DISK_ERRORS = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "disk quota used up",
+    errno.EROFS: "read-only file system",
+    errno.EACCES: "permission denied",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C, with its own exit code."""
+
+
+class Commands(typer.core.TyperGroup):
+    """Turns what a person can mend into one line on standard error and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        again = "what was complete is saved; run the same command again to go on"
+        try:
+            return super().invoke(ctx)
+        except (UserError, VideoError) as error:
+            _fail(str(error), EXIT_USER)
+        except Terminated:
+            _fail(f"terminated; {again}", EXIT_TERMINATED)
+        except KeyboardInterrupt:
+            _fail(f"interrupted; {again}", EXIT_INTERRUPTED)
+        except BrokenPipeError:  # the reader of our output went away, as in `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_FOUND)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{DISK_ERRORS[error.errno]}; mend that: {again}", EXIT_USER)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turns first-person work video into robot-learning datasets.",
+)
+export_app = typer.Typer(no_args_is_help=True, help="Write a dataset from a run.")
+models_app = typer.Typer(no_args_is_help=True, help="Model files that are not on a hub.")
+app.add_typer(export_app, name="export")
+app.add_typer(models_app, name="models")
+
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Such as clips.stride_s=6 gate.min_motion=0.02"),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"ego2robot {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name (demo, folder, egocentric10k …) or a YAML file.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Run a recipe: videos to clips, embeddings, skills, dataset, report. Goes on where it stopped."""
+    cfg = config.load(recipe, overrides or ())
+    from ego2robot import pipeline
+    from ego2robot.console import display
+    from ego2robot.report import funnel
+
+    with display() as (show, tell):
+        outcome = pipeline.run(cfg, show, tell)
+    print(funnel(outcome.run).text())
+    _print_run_end(outcome)
+
+
+def _print_run_end(outcome: Any) -> None:
+    skills = outcome.run.skills()
+    if skills and skills["n_clips"]:
+        note = ", random weights" if skills["random"] else ""
+        print(f"skills   {skills['k']} from {skills['n_clips']} clips by {skills['embedding']}{note}")
+    if outcome.export:
+        e = outcome.export
+        print(f"dataset  {e.path}: {e.episodes} episodes, {e.frames} frames, {e.bytes / 1e6:.1f} MB")
+        for clip, reason in e.skipped:
+            print(f"         clip {clip} left out: {reason}")
+    print(f"report   {outcome.report}")
+    for warning in outcome.warnings:
+        _warn(warning)
+
+
+@app.command()
+def cluster(run: RunArg, overrides: Overrides = None) -> None:
+    """Find skills again, with other settings: ego2robot cluster RUN skills.k=20"""
+    from ego2robot.console import display
+    from ego2robot.progress import Progress
+    from ego2robot.skills import cluster as find_skills
+    from ego2robot.store.rundir import RunDir
+
+    opened = RunDir.open(run)
+    for item in overrides or ():
+        if not item.startswith(("skills.", "seed=")):
+            raise UserError(f"{item!r}: only skills.* and seed can change here; the rest is the run's own")
+    cfg = config.build(config.apply(config.to_dict(opened.config), overrides or ()), "command line")
+    with display() as (show, _):
+        show(Progress("clustering"))
+        found = find_skills(opened, cfg.skills, cfg.seed)
+    for skill in found["skills"]:
+        print(f"skill {skill['skill']:>3}  {skill['n']:>6} clips  {skill['name']}")
+    score = found["silhouette"]
+    print(f"{found['k']} skills, {found['n_clips']} clips, by {found['embedding']}", end="")
+    print(f", silhouette {score:.3f}" if score is not None else "")
+    for warning in found["warnings"]:
+        _warn(warning)
+
+
+@export_app.command("lerobot")
+def export_lerobot(
+    run: RunArg,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the dataset.")],
+    top: Annotated[int | None, typer.Option(min=1, help="At most so many episodes, best first.")] = None,
+    schema: Annotated[Literal["hands", "reference"] | None, typer.Option(help="State and action.")] = None,
+    codec: Annotated[Literal["av1", "h264"] | None, typer.Option(help="Of the videos.")] = None,
+) -> None:
+    """Write a LeRobot v3.0 dataset from a run's kept clips."""
+    from ego2robot.console import display
+    from ego2robot.export import export_lerobot as export
+    from ego2robot.progress import Progress
+    from ego2robot.store.rundir import RunDir
+
+    opened = RunDir.open(run)
+    cfg = opened.config.export
+    with display() as (show, _):
+        result = export(
+            opened,
+            out,
+            top or cfg.top,
+            schema or cfg.schema,
+            codec or cfg.codec,
+            progress=lambda done, total: show(Progress("exporting", done, total)),
+        )
+    print(f"{out}: {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB")
+    for clip, reason in result.skipped:
+        print(f"clip {clip} left out: {reason}")
+    for warning in result.warnings:
+        _warn(warning)
+
+
+@app.command()
+def report(
+    run: RunArg,
+    out: Annotated[Path | None, typer.Argument(help="HTML file; default RUN/report.html.")] = None,
+) -> None:
+    """Write the page a person looks at."""
+    from ego2robot.console import display
+    from ego2robot.progress import Progress
+    from ego2robot.report import write_report
+    from ego2robot.store.rundir import RunDir
+
+    opened = RunDir.open(run)
+    with display() as (show, _):
+        show(Progress("reporting"))
+        path = write_report(opened, out)
+    print(path)
+
+
+@app.command()
+def verify(
+    run: RunArg,
+    truth: Annotated[
+        Path | None, typer.Option(help="Folder of `ego2robot sample`: also score the gate against its truth.")
+    ] = None,
+) -> None:
+    """Prove that a run adds up: rows, checksums, ids, vectors. Exit 1 and one line a problem if not."""
+    from ego2robot.jobs.verify import verify as check
+    from ego2robot.store.rundir import RunDir
+
+    opened = RunDir.open(run)
+    verdict = check(opened)
+    for problem in verdict.problems:
+        print(f"problem: {problem}")
+    print(
+        f"{verdict.planned} clips planned = {verdict.kept} kept + {verdict.dropped} dropped + "
+        f"{verdict.failed} failed + {verdict.left} left; {verdict.files} files, {verdict.rows} rows: "
+        + ("all checks passed" if verdict.ok else f"{len(verdict.problems)} problems")
+    )
+    if truth:
+        from ego2robot.sample import load_truths, score_gate
+
+        print(score_gate(opened.table("clips"), load_truths(truth)).text())
+    if not verdict.ok:
+        raise typer.Exit(EXIT_FOUND)
+
+
+@app.command()
+def status(
+    run: RunArg, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
+) -> None:
+    """How far a run is."""
+    from ego2robot.console import duration
+    from ego2robot.jobs.status import status as look
+    from ego2robot.store.rundir import RunDir
+
+    s = look(RunDir.open(run))
+    if as_json:
+        print(json.dumps(s.to_dict()))
+        return
+    print(f"{s.run}: {s.state}")
+    print(f"clips      {s.clips_done}/{s.clips}: {s.kept} kept, {s.dropped} dropped, {s.failed} failed")
+    print(f"units      {s.units_done}/{s.units} of {s.videos} videos")
+    if s.clips_per_s is not None and s.video_hours_per_hour is not None:
+        eta = f", ETA {duration(s.eta_s)}" if s.eta_s is not None else ""
+        print(f"rate       {s.clips_per_s:.2f} clips/s, {s.video_hours_per_hour:.1f} video-h/h{eta}")
+    if s.refused:
+        print("quarantine " + ", ".join(f"{n} {kind}" for kind, n in s.refused.items()))
+    print("embeddings " + (", ".join(s.embeddings) or "none yet"))
+    if s.skills is not None:
+        print(f"skills     {s.skills}")
+    if s.episodes is not None:
+        print(f"dataset    {s.episodes} episodes")
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the videos and their truth.")],
+    minutes: Annotated[float, typer.Option(min=0.05, help="Of footage.")] = 3.0,
+    videos: Annotated[int, typer.Option(min=1, help="Split over so many files.")] = 1,
+    codec: Annotated[Literal["h264", "hevc", "vp9", "av1"], typer.Option()] = "h264",
+    gop: Annotated[int, typer.Option(min=1, help="Frames from keyframe to keyframe.")] = 30,
+    bframes: Annotated[int, typer.Option(min=0, max=16)] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make first-person-like 1080p footage with known truth, for trying things out and for benchmarks."""
+    from ego2robot.console import display
+    from ego2robot.progress import Progress
+    from ego2robot.sample import make_footage
+
+    with display() as (show, _):
+        made = make_footage(
+            out,
+            minutes=minutes,
+            videos=videos,
+            codec=codec,
+            gop=gop,
+            bframes=bframes,
+            seed=seed,
+            progress=lambda share: show(Progress("making footage", round(100 * share), 100)),
+        )
+    print(made.text())
+
+
+@models_app.command("pull")
+def models_pull(
+    wheel: Annotated[
+        Path | None, typer.Option(help="A mediapipe 0.10.21 wheel that is already here.")
+    ] = None,
+) -> None:
+    """Fetch MediaPipe's hand models from its wheel into the cache, checked by their checksums."""
+    from ego2robot import models
+
+    print(models.pull(wheel=wheel))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can do, and what to install for what it cannot."""
+    from ego2robot.doctor import doctor as look
+
+    group = ""
+    for finding in look(Path.cwd()):
+        if finding.group != group:
+            group = finding.group
+            print(group)
+        mark = {True: "yes", False: "NO ", None: " - "}[finding.ok]
+        hint = f"  → {finding.hint}" if finding.hint else ""
+        print(f"  {mark} {finding.name}: {finding.text}{hint}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that can be named."""
+    for name, path in config.recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:<16} {first.lstrip('# ')}")
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    for line in text.splitlines():
+        sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    raise Terminated
+
+
+def main() -> None:
+    """The console command. Users' mistakes end in one line and exit 2, bugs in a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What a person sees while a job runs: one line with a rate and an ETA, on standard error.
+
+On a terminal it is redrawn in place; in a log file it is a new line every ten seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ego2robot.progress import Progress, Show, Tell
+
+LOG_SECONDS = 10.0
+
+
+def duration(seconds: float) -> str:
+    """``3725`` to ``1:02:05``."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def line(progress: Progress) -> str:
+    """One line: ``curating 120/480 clips · 34 kept · 3.2 clips/s · 96 video-h/h · ETA 1:52``."""
+    p = progress
+    if p.stage != "curating":
+        return p.stage + (f" {p.done}/{p.total}" if p.total else f" {p.done}" if p.done else "")
+    parts = [f"{p.stage} {p.done}/{p.total} clips", f"{p.kept} kept"]
+    if p.rate:
+        parts += [f"{p.rate:.2f} clips/s", f"{p.video_rate:.1f} video-h/h"]
+    if p.eta_s is not None and p.done < p.total:
+        parts.append(f"ETA {duration(p.eta_s)}")
+    return " · ".join(parts)
+
+
+def bar(progress: Progress, width: int = 24) -> str:
+    if not progress.total:
+        return ""
+    full = round(width * min(1.0, progress.done / progress.total))
+    return "━" * full + "╌" * (width - full) + " "
+
+
+@contextmanager
+def display() -> Iterator[tuple[Show, Tell]]:
+    """Two functions: one shows a progress, one prints a line that stays."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=8, transient=True) as live:
+            yield (
+                lambda p: live.update(Text(bar(p) + line(p), overflow="ellipsis", no_wrap=True)),
+                lambda text: console.print(Text(text)),
+            )
+        return
+    last: dict[str, object] = {"stage": "", "at": 0.0}
+
+    def show(progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.stage != last["stage"] or now - float(str(last["at"])) >= LOG_SECONDS:
+            last.update(stage=progress.stage, at=now)
+            sys.stderr.write(line(progress) + "\n")
+            sys.stderr.flush()
+
+    yield show, lambda text: sys.stderr.write(text + "\n") and None

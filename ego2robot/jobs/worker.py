@@ -1,0 +1,192 @@
+"""What runs beside the decoder, in a child process: one pass over a unit's frames.
+
+Decode, motion, gate, hands, gate; for the clips that are left the landmarks of every frame and the
+small pictures that the embedders want. Frames stay here; only rows and those pictures go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ego2robot import config, decode
+from ego2robot.decode import policy
+from ego2robot.stages import hand_motion
+from ego2robot.stages.base import HandDetector, Preprocess
+from ego2robot.stages.gate import Gate
+from ego2robot.stages.hands import MediaPipeHands, visibility
+from ego2robot.stages.motion import motion_scores
+from ego2robot.types import Clip, ClipFrames, Decision, FrameSpec, Hand, Unit
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a child needs to know. Pickles.
+
+    Attributes:
+        gate: None scores every clip on everything and keeps none (calibration of quantiles).
+        preprocess: of the embedders that will want survivors.
+        device: where frames are decoded to.
+    """
+
+    cfg: config.Config
+    gate: Gate | None
+    preprocess: tuple[Preprocess, ...] = ()
+    device: str = "cpu"
+
+
+@dataclass
+class ScoredClip:
+    """One clip after the gates.
+
+    Attributes:
+        hands: what was found, in any looked-at frame.
+        times_s: float64 [T], presentation time of each sampled frame.
+        prepared: embedder to uint8 [T, h, w, 3], for a kept clip.
+        hand_motion: float32 [hand_motion.DIM], for a kept clip in which hands were looked for.
+        seconds: stage to seconds, since the clip before.
+    """
+
+    clip: Clip
+    decision: Decision
+    reason: str | None = None
+    motion: float | None = None
+    visibility: float | None = None
+    hands: list[Hand] = field(default_factory=list)
+    times_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    prepared: dict[str, np.ndarray] = field(default_factory=dict)
+    hand_motion: np.ndarray | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Seconds by stage: each ``lap(stage)`` adds the time since the last one."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] += now - self._last  # type: ignore[assignment]
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        seconds, self.seconds = dict(self.seconds), Counter()
+        return seconds
+
+
+def scoring(work: Scoring) -> Callable[[Unit], Iterator[ScoredClip]]:
+    """The work of a scoring child: a unit to its clips, each as soon as its frames are there."""
+    torch.set_num_threads(1)  # one process per core; threads of several would only fight
+    cfg = work.cfg
+    detector: HandDetector | None = None
+    if cfg.hands.detector == "mediapipe":
+        detector = MediaPipeHands(cfg.hands.max_hands, cfg.hands.min_detection, cfg.hands.min_presence)
+    spec = FrameSpec(cfg.frames.height, cfg.frames.width, cfg.frames.fit)
+
+    def score(unit: Unit) -> Iterator[ScoredClip]:
+        video = unit.video
+        assert video.info is not None
+        backend, _ = policy.pick(video.info, cfg.decode.backend, work.device)
+        watch = Stopwatch()
+        for found in decode.read_clips(
+            video.name, video.blob, video.info, unit.clips, spec, backend, work.device
+        ):
+            watch.lap("decode")
+            if isinstance(found, decode.ClipFailure):
+                scored = ScoredClip(found.clip, "failed", found.reason)
+            else:
+                scored = _score_clip(found, work, detector, watch)
+            scored.seconds = watch.take()
+            yield scored
+            watch.lap("send")
+
+    return score
+
+
+def _score_clip(
+    frames: ClipFrames, work: Scoring, detector: HandDetector | None, watch: Stopwatch
+) -> ScoredClip:
+    cfg, gate = work.cfg, work.gate
+    n = len(frames.frames_THWC)
+    motion = float(motion_scores([frames])[0])
+    watch.lap("motion")
+    scored = ScoredClip(frames.clip, "dropped", motion=motion, times_s=frames.times_s)
+    if gate:
+        scored.reason = gate.refuses_motion(motion)
+        if scored.reason:
+            return scored
+    if detector:
+        looked = np.arange(0, n, cfg.hands.every)
+        found = detector.detect(frames.frames_THWC, looked)
+        scored.visibility = visibility(found)
+        scored.hands = [hand for hands in found for hand in hands]
+        watch.lap("hands")
+        if gate:
+            scored.reason = gate.refuses_hands(scored.visibility)
+    if scored.reason or not gate:
+        return scored
+    scored.decision = "kept"
+    if detector:
+        if cfg.hands.dense:
+            rest = np.setdiff1d(np.arange(n), looked)
+            more = detector.detect(frames.frames_THWC, rest)
+            scored.hands += [hand for hands in more for hand in hands]
+            scored.hands.sort(key=lambda hand: (hand.frame, hand.side))
+        if cfg.embed.hand_motion:
+            scored.hand_motion = hand_motion.hand_motion(scored.hands, n)
+        watch.lap("hands")
+    for preprocess in work.preprocess:
+        picked = frames.frames_THWC[torch.from_numpy(preprocess.indices(n))]
+        scored.prepared[preprocess.name] = preprocess.prepare(picked).cpu().numpy()
+    watch.lap("prepare")
+    return scored
+
+
+def rows_of(scored: ScoredClip, unit: Unit) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A clip's row of ``clips`` (labels still missing) and its rows of ``hands``."""
+    video, info = unit.video, unit.video.info
+    assert info is not None
+    clip = scored.clip
+    row = {
+        "clip_id": clip.clip_id,
+        "video_id": video.video_id,
+        "source": video.source,
+        "name": video.name,
+        "start_s": clip.start_s,
+        "end_s": clip.end_s,
+        "n_frames": clip.n_frames,
+        "fps": info.fps,
+        "width": info.width,
+        "height": info.height,
+        "codec": info.codec,
+        "motion": scored.motion,
+        "hand_visibility": scored.visibility,
+        "decision": scored.decision,
+        "reason": scored.reason,
+        "label": None,
+        "label_score": None,
+        "labels": None,
+        "meta": list(video.meta.items()),
+    }
+    hands = [
+        {
+            "clip_id": clip.clip_id,
+            "frame": hand.frame,
+            "time_s": float(scored.times_s[hand.frame]),
+            "side": hand.side,
+            "score": hand.score,
+            "box": hand.box.tolist(),
+            "landmarks": hand.landmarks.reshape(-1).tolist(),
+            "world": hand.world.reshape(-1).tolist(),
+        }
+        for hand in scored.hands
+    ]
+    return row, hands

@@ -1,0 +1,43 @@
+"""Work for the pool's tests: importable by its child processes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from ego2robot.errors import UserError, VideoError
+
+
+def counting(folder):
+    """Counts up to the task's number; some tasks end badly instead."""
+
+    def work(task):
+        name, n = task
+        for i in range(n):
+            yield name, i
+        if name == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "segfault once":
+            marker = Path(folder) / "crashed"
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGSEGV)
+            yield name, "second time"
+        if name == "exit":
+            os._exit(3)
+        if name == "hang":
+            time.sleep(600)
+        if name == "bad video":
+            raise VideoError("a.mp4", "cut in the middle", "fetch it again", "truncated")
+        if name == "bug":
+            raise ZeroDivisionError("by hand")
+
+    return work
+
+
+def impossible():
+    raise UserError("no models here; pull them")
+
+
+def broken():
+    os._exit(9)

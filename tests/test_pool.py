@@ -1,0 +1,95 @@
+import time
+from contextlib import closing
+
+import psutil
+import pytest
+
+from ego2robot.errors import UserError
+from ego2robot.jobs.pool import Pool
+from tests import pool_work
+
+
+def outcome(events):
+    """Task name to its items and how it ended (the last event that is no item)."""
+    items, ends = {}, {}
+    for event in events:
+        name = event.task[0]
+        if event.kind == "item":
+            items.setdefault((name, event.attempt), []).append(event.value[1])
+        else:
+            ends[name] = event
+    return items, ends
+
+
+def test_every_task_ends_whatever_its_neighbours_do(tmp_path):
+    tasks = [
+        ("fine", 3),
+        ("segfault", 2),
+        ("segfault once", 1),
+        ("exit", 1),
+        ("bad video", 1),
+        ("bug", 0),
+        ("empty", 0),
+        ("large", 500),
+    ]
+    items, ends = outcome(Pool(pool_work.counting, (str(tmp_path),), n=2).run(tasks))
+    assert items["fine", 1] == [0, 1, 2] and ends["fine"].kind == "done"
+    assert items["large", 1] == list(range(500)) and ends["large"].kind == "done"
+    assert ends["empty"].kind == "done"
+    assert ends["segfault"].kind == "crashed" and "SIGSEGV" in ends["segfault"].value
+    assert ends["segfault"].attempt == 2 and items["segfault", 2] == [0, 1]
+    assert ends["segfault once"].kind == "done" and items["segfault once", 2] == [0, "second time"]
+    assert ends["exit"].kind == "crashed" and "exit code 3" in ends["exit"].value
+    assert ends["bad video"].kind == "error" and ends["bad video"].value.kind == "truncated"
+    assert ends["bug"].kind == "error" and ends["bug"].value.kind == "internal"
+    assert "ZeroDivisionError: by hand" in ends["bug"].value.cause
+
+
+def test_a_child_that_hangs_is_killed_and_the_rest_goes_on(tmp_path):
+    tasks = [("hang", 1), ("fine", 2)]
+    items, ends = outcome(Pool(pool_work.counting, (str(tmp_path),), n=1, timeout_s=1.0).run(tasks))
+    assert ends["hang"].kind == "timeout" and ends["hang"].attempt == 2
+    assert items["fine", 1] == [0, 1] and ends["fine"].kind == "done"
+
+
+def test_a_slow_consumer_is_no_silence_of_the_child(tmp_path):
+    pool = Pool(pool_work.counting, (str(tmp_path),), n=1, timeout_s=1.0, backlog=1)
+    ends = []
+    for event in pool.run([("fine", 40)]):
+        if event.kind != "item":
+            ends.append(event.kind)
+        elif event.value[1] in (0, 20):
+            time.sleep(1.5)
+    assert ends == ["done"]
+
+
+def test_stopping_early_ends_the_children(tmp_path):
+    pool = Pool(pool_work.counting, (str(tmp_path),), n=2)
+    with closing(pool.run([("large", 10**6), ("hang", 1)])) as events:
+        next(events)
+        children = psutil.Process().children()
+    gone, alive = psutil.wait_procs([c for c in children if "spawn_main" in " ".join(_cmdline(c))], timeout=10)
+    assert not alive
+
+
+def _cmdline(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_a_users_mistake_in_a_child_reaches_the_consumer():
+    with pytest.raises(UserError, match="no models here"):
+        list(Pool(pool_work.impossible, (), n=1).run([1]))
+
+
+def test_children_that_cannot_start_are_an_error_and_no_endless_loop():
+    with pytest.raises(UserError, match="could not start"):
+        list(Pool(pool_work.broken, (), n=2).run(range(5)))
+
+
+def test_more_children_than_tasks_and_no_tasks_at_all(tmp_path):
+    pool = Pool(pool_work.counting, (str(tmp_path),), n=8)
+    assert [e.kind for e in pool.run([("empty", 0)])] == ["done"]
+    assert list(Pool(pool_work.counting, (str(tmp_path),), n=2).run([])) == []

@@ -1,0 +1,131 @@
+import json
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ego2robot import config
+from ego2robot.errors import UserError
+from ego2robot.store import atomic, schema
+from ego2robot.store.rundir import RunDir
+
+PRINT = {"rows_version": 1, "videomae": {"sha256": "a"}, "made_with": {"torch": "x"}}
+
+
+def clip_row(i, decision="kept"):
+    return {
+        "clip_id": f"{i:016x}",
+        "video_id": "v" * 16,
+        "source": "folder",
+        "name": "a.mp4",
+        "start_s": float(i),
+        "end_s": i + 1.0,
+        "n_frames": 6,
+        "fps": 30.0,
+        "width": 640,
+        "height": 360,
+        "codec": "h264",
+        "motion": 0.5,
+        "decision": decision,
+        "reason": None if decision == "kept" else "motion below 0.6",
+        "meta": [("task", "sew")],
+    }
+
+
+def clips(*rows):
+    return pa.Table.from_pylist(list(rows), schema=schema.CLIPS)
+
+
+def new_run(path, *overrides):
+    cfg = config.load("folder", [f"run_dir={path}", *overrides])
+    return RunDir.create_or_resume(path, cfg, PRINT)
+
+
+def test_a_run_resumes_with_the_same_configuration_and_refuses_another(tmp_path):
+    new_run(tmp_path / "r", "source.path=x")
+    new_run(tmp_path / "r", "source.path=x", "workers=7")
+    with pytest.raises(UserError, match=r"clips.stride_s: 30.0 → 5.0"):
+        new_run(tmp_path / "r", "source.path=x", "clips.stride_s=5")
+    other = {**PRINT, "videomae": {"sha256": "b"}}
+    with pytest.raises(UserError, match="videomae"):
+        RunDir.create_or_resume(tmp_path / "r", config.load("folder", ["source.path=x"]), other)
+    newer = {**PRINT, "made_with": {"torch": "y"}}
+    RunDir.create_or_resume(tmp_path / "r", config.load("folder", ["source.path=x"]), newer)
+
+
+def test_a_folder_with_other_things_in_it_is_not_taken_over(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty"):
+        new_run(tmp_path)
+    with pytest.raises(UserError, match="not a run directory"):
+        RunDir.open(tmp_path / "nowhere")
+
+
+def test_committed_rows_are_read_back_and_parts_without_a_record_are_not(tmp_path):
+    run = new_run(tmp_path / "r")
+    run.commit(["u1"], {"clips": clips(clip_row(1), clip_row(2, "dropped"))})
+    run.commit(["u2"], {"clips": clips(clip_row(3))})
+    atomic.write_parquet(run.path / "clips" / "part-feedfeedfeedfeed.parquet", clips(clip_row(9)))
+    (run.path / "clips" / ".tmp-part-x.1").write_bytes(b"half")
+    again = RunDir.open(tmp_path / "r")
+    assert sorted(again.table("clips")["clip_id"].to_pylist()) == [f"{i:016x}" for i in (1, 2, 3)]
+    assert again.committed_units() == {"u1", "u2"}
+    assert len(again.remove_leftovers()) == 2
+    assert len(list((run.path / "clips").iterdir())) == 2
+    assert again.table("hands").num_rows == 0 and again.embeddings() == []
+
+
+def test_committing_a_unit_again_replaces_its_part(tmp_path):
+    run = new_run(tmp_path / "r")
+    run.commit(["u1", "u2"], {"clips": clips(clip_row(1))})
+    run.commit(["u2", "u1"], {"clips": clips(clip_row(1), clip_row(2))})
+    assert run.table("clips").num_rows == 2 and len(list(run.records())) == 1
+
+
+def test_tables_open_in_duckdb_and_pandas_without_this_package(tmp_path):
+    run = new_run(tmp_path / "r")
+    run.commit(["u1"], {"clips": clips(clip_row(1), clip_row(2, "dropped"))})
+    found = duckdb.sql(
+        f"select decision, count(*) n, any_value(meta['task']) from '{run.path}/clips/*.parquet' "
+        "group by decision order by decision"
+    ).fetchall()
+    assert found == [("dropped", 1, "sew"), ("kept", 1, "sew")]
+    assert pq.read_table(run.path / "clips").to_pandas()["motion"].tolist() == [0.5, 0.5]
+
+
+def test_embeddings_say_whose_they_are(tmp_path):
+    run = new_run(tmp_path / "r")
+    columns = schema.embedding(3, "videomae", "some/weights", True)
+    flat = pa.array(np.arange(6, dtype=np.float16))
+    table = pa.Table.from_arrays(
+        [pa.array(["a", "b"]), pa.FixedSizeListArray.from_arrays(flat, 3)], schema=columns
+    )
+    run.commit(["u"], {"embeddings/videomae": table})
+    read = run.dataset("embeddings/videomae")
+    assert read.schema.metadata[b"random"] == b"true" and read.schema.metadata[b"weights"] == b"some/weights"
+    assert read.to_table()["embedding"].to_pylist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(KeyError):
+        run.dataset("embeddings/clip")
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    atomic.write_json(path, {"a": 1})
+
+    def fill(file):
+        file.write(b"half of i")
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.raises(OSError, match="No space"):
+        atomic.write(path, fill)
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_metrics_line_cut_by_a_crash_is_left_out(tmp_path):
+    run = new_run(tmp_path / "r")
+    run.add_metrics({"clips": 1})
+    with (run.path / "metrics" / "run.jsonl").open("a") as file:
+        file.write('{"clips": 2, "tim')
+    assert [line["clips"] for line in run.metrics()] == [1]
