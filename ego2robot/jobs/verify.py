@@ -176,7 +176,7 @@ def _embedding_problems(run: RunDir, name: str, kept: set[str], whole: set[str])
                         found.append(f"embeddings/{name}: {clip} occurs twice")
                     if not np.isfinite(norm) or norm == 0:
                         found.append(f"embeddings/{name}: {clip} has norm {norm}")
-                ids.update(clip_ids)
+                    ids.add(clip)
     found += [f"embeddings/{name}: {c} is no kept clip" for c in sorted(ids - kept)]
     found += [f"embeddings/{name}: kept clip {c} has no vector" for c in sorted(kept - ids)]
     return found
