@@ -275,8 +275,8 @@ def _task_state(path: Path) -> State:
                     return "corrupt"
                 if hashlib.sha256(archive.read(member)).hexdigest() != network.sha256:
                     return "corrupt"
-    except _DAMAGED:
-        return "corrupt"
-    except OSError:
+    except PermissionError:
         return "unreadable"
+    except (OSError, *_DAMAGED):  # OSError: a damaged directory that points outside the file
+        return "corrupt"
     return "ok"

@@ -1,0 +1,258 @@
+"""Hands in frames, by MediaPipe's hand landmarker (mediapipe ≥ 1.2) on its official models.
+
+Left and right. Since 0.10.30 MediaPipe names the side of the *person* whose hand it is when the picture
+is not mirrored; its older solutions assumed a selfie mirror and said the opposite. Measured on 1.2.2 with
+pictures of known side (three gesture photographs; 203 frames of two hands on a table): the wearer's left
+hand is called Left. So ``Hand.side`` is the label as it comes.
+
+Network. By its own package description mediapipe sends usage metrics (not pictures) to
+``play.googleapis.com`` and offers no switch for it; without a network it works the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import torch
+
+from ego2robot import models
+from ego2robot.errors import UserError
+from ego2robot.types import N_LANDMARKS, Hand, Side
+
+INSTALL = "pip install 'mediapipe>=1.2'"
+# Two detections whose landmarks lie this near, in shares of the hand's size, are one hand. Different
+# hands that clasp each other have their fingers in another order and stay further apart.
+SAME_HAND = 0.25
+# Between assignments of sides whose odds differ by less, the place in the picture decides.
+DOUBTFUL_ODDS = 1.5
+# Lines that mediapipe, absl and TensorFlow Lite write on every start, whatever the environment says.
+_CHATTER = re.compile(
+    rb"[IW]\d{4} \d\d:\d\d:|WARNING: Logging before InitGoogle|WARNING: All log messages before absl"
+    rb"|INFO: Created TensorFlow Lite XNNPACK delegate"
+)
+_stderr_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A detection before sides are settled. Arrays as in :class:`ego2robot.types.Hand`."""
+
+    p_left: float  # probability that it is the person's left hand, 0..1
+    landmarks: np.ndarray
+    world: np.ndarray
+
+
+class MediaPipeHands:
+    """Hands of single frames: no frame depends on another, so any subset gives the same result.
+
+    Runs on one thread of the CPU. Not to be shared between threads or carried over a fork.
+
+    Args:
+        max_hands: at most so many are looked for; at most one per side is reported.
+        min_detection: confidence of the palm detector, 0..1.
+        min_presence: confidence of the landmark network that there is a hand, 0..1.
+
+    Raises:
+        UserError: mediapipe or its models are missing or cannot be loaded.
+    """
+
+    def __init__(self, max_hands: int = 2, min_detection: float = 0.5, min_presence: float = 0.5) -> None:
+        path = models.hand_landmarker_path()
+        self._mediapipe, vision, base_options = _import_mediapipe()
+        options = vision.HandLandmarkerOptions(
+            base_options=base_options(model_asset_path=str(path)),
+            running_mode=vision.RunningMode.IMAGE,
+            num_hands=max_hands,
+            min_hand_detection_confidence=min_detection,
+            min_hand_presence_confidence=min_presence,
+        )
+        with _without_chatter():
+            try:
+                self._landmarker: Any = vision.HandLandmarker.create_from_options(options)
+            except OSError as error:
+                raise UserError(f"mediapipe: does not load ({error}); {_next_step(error)}") from None
+            except (RuntimeError, ValueError) as error:
+                raise UserError(f"{path}: mediapipe cannot use it ({error}); {INSTALL}") from None
+            # Closes at exit too: mediapipe's own destructor fails once the interpreter is going down.
+            self._close = weakref.finalize(self, self._landmarker.close)
+            # The first picture sets up the rest of the graph, with the rest of the chatter.
+            self._candidates(np.zeros((64, 64, 3), np.uint8))
+
+    def detect(self, frames_THWC: torch.Tensor, indices: np.ndarray) -> list[list[Hand]]:
+        """The hands in ``frames_THWC[indices]``.
+
+        Args:
+            frames_THWC: uint8 RGB [T, H, W, 3], on any device and with any strides.
+            indices: int [N], which frames to look at.
+
+        Returns:
+            N lists of at most two hands, left before right, at most one per side. ``Hand.frame`` is the
+            index. ``Hand.score`` is the probability of the side that the hand was given: it is below 0.5
+            where two hands both looked like the same side and one had to be the other.
+            Landmarks may lie a little outside the frame; boxes are clipped to it.
+
+        Raises:
+            ValueError: not uint8 [T, H, W, 3], or the detector was closed.
+        """
+        if frames_THWC.dtype != torch.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3:
+            shape = tuple(frames_THWC.shape)
+            raise ValueError(f"frames are {frames_THWC.dtype} {shape}, not uint8 [T, H, W, 3]")
+        return [one_per_side(self._candidates(frames_THWC[int(i)].cpu().numpy()), int(i)) for i in indices]
+
+    def close(self) -> None:
+        self._close()
+
+    def __enter__(self) -> MediaPipeHands:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _candidates(self, frame_HWC: np.ndarray) -> list[Candidate]:
+        if not self._close.alive:
+            raise ValueError("the hand detector was closed")
+        # mediapipe takes the pointer and ignores strides: a view would be read as another picture.
+        image = self._mediapipe.Image(
+            image_format=self._mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(frame_HWC)
+        )
+        result = self._landmarker.detect(image)
+        found = []
+        for sides, landmarks, world in zip(
+            result.handedness, result.hand_landmarks, result.hand_world_landmarks, strict=True
+        ):
+            best = sides[0]
+            found.append(
+                Candidate(
+                    best.score if best.category_name == "Left" else 1 - best.score,
+                    _points(landmarks),
+                    _points(world),
+                )
+            )
+        return found
+
+
+def visibility(hands_per_looked_at_frame: Sequence[Sequence[Hand]]) -> float:
+    """Share of looked-at frames with at least one hand, 0 to 1; 0 when none was looked at."""
+    looked = len(hands_per_looked_at_frame)
+    return sum(bool(hands) for hands in hands_per_looked_at_frame) / looked if looked else 0.0
+
+
+def one_per_side(candidates: Sequence[Candidate], frame: int) -> list[Hand]:
+    """Settles who is left and who is right in one frame.
+
+    A lone hand keeps its side. Of several, the pair whose sides are the most probable together is taken,
+    so of two that look left the less left one is the right. Where that is a toss-up, the hand further left
+    in the picture is the left one, as in most first-person views. The rest is left out, and so are second
+    detections of the same hand, hands that are wholly outside the frame, and coordinates that are not
+    finite.
+
+    Args:
+        candidates: detections, in any order.
+        frame: index that the hands get.
+
+    Returns:
+        At most two hands, left before right.
+    """
+    usable: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: abs(c.p_left - 0.5), reverse=True):
+        finite = np.isfinite(candidate.landmarks).all() and np.isfinite(candidate.world).all()
+        if finite and _in_frame(candidate) and not any(_same_hand(candidate, other) for other in usable):
+            usable.append(candidate)
+    if not usable:
+        return []
+    if len(usable) == 1:
+        only = usable[0]
+        return [_hand(only, "left" if only.p_left >= 0.5 else "right", frame)]
+
+    def likelihood(pair: tuple[Candidate, Candidate]) -> float:
+        p_left, p_right = pair[0].p_left, 1 - pair[1].p_left
+        return p_left * p_right
+
+    left, right = max(permutations(usable, 2), key=likelihood)
+    doubtful = likelihood((left, right)) <= DOUBTFUL_ODDS * likelihood((right, left))
+    if doubtful and left.landmarks[:, 0].mean() > right.landmarks[:, 0].mean():
+        left, right = right, left
+    return [_hand(left, "left", frame), _hand(right, "right", frame)]
+
+
+def _hand(candidate: Candidate, side: Side, frame: int) -> Hand:
+    score = candidate.p_left if side == "left" else 1 - candidate.p_left
+    return Hand(frame, side, float(score), _box(candidate), candidate.landmarks, candidate.world)
+
+
+def _box(candidate: Candidate) -> np.ndarray:
+    xy = np.clip(candidate.landmarks[:, :2], 0, 1)
+    return np.concatenate([xy.min(0), xy.max(0)])
+
+
+def _in_frame(candidate: Candidate) -> bool:
+    x_min, y_min, x_max, y_max = _box(candidate)
+    return bool(x_max > x_min and y_max > y_min)
+
+
+def _same_hand(a: Candidate, b: Candidate) -> bool:
+    between = np.linalg.norm(a.landmarks[:, :2] - b.landmarks[:, :2], axis=1).mean()
+    size = max(np.ptp(a.landmarks[:, :2], axis=0).max(), np.ptp(b.landmarks[:, :2], axis=0).max())
+    return bool(between < SAME_HAND * size)
+
+
+def _points(landmarks: Sequence[Any]) -> np.ndarray:
+    points = np.array([(p.x, p.y, p.z) for p in landmarks], np.float32)
+    assert points.shape == (N_LANDMARKS, 3)
+    return points
+
+
+def _import_mediapipe() -> tuple[Any, Any, Any]:
+    try:
+        import mediapipe
+        from mediapipe.tasks.python import BaseOptions, vision
+    except ImportError as error:
+        raise UserError(
+            f"mediapipe: does not import ({error}); {_next_step(error)}, or hands.detector=none to go without"
+        ) from None
+    return mediapipe, vision, BaseOptions
+
+
+def _next_step(error: ImportError | OSError) -> str:
+    # mediapipe links the system's OpenGL ES and its OpenCV may link OpenGL, on machines without a screen too.
+    if "shared object file" in str(error):
+        return "on Debian or Ubuntu: apt-get install libegl1 libgles2 libgl1 libglib2.0-0"
+    return INSTALL
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Holds back what native code writes to stderr, then lets through all but the known chatter.
+
+    The libraries write to the file descriptor and read no environment variable that would stop them.
+    """
+    with _stderr_lock:
+        try:
+            kept = os.dup(2)
+        except OSError:  # stderr is closed: nothing to keep clean
+            yield
+            return
+        if sys.stderr:
+            sys.stderr.flush()
+        with tempfile.TemporaryFile() as held:
+            os.dup2(held.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
+                held.seek(0)
+                rest = b"".join(line for line in held if not _CHATTER.match(line))
+                if rest:
+                    os.write(2, rest)
