@@ -46,7 +46,7 @@ def test_overrides_take_yaml_values_and_nested_quantiles(recipe):
     ],
 )
 def test_a_wrong_key_or_value_is_refused_in_one_line(recipe, override, says):
-    with pytest.raises(UserError, match=".") as caught:
+    with pytest.raises(UserError, match=r"\S") as caught:
         config.load(recipe, [override])
     assert says in str(caught.value) and "\n" not in str(caught.value)
 

@@ -7,7 +7,9 @@ from ego2robot.stages import gate
 
 def test_thresholds_keep_what_equals_them():
     g = gate.Gate(0.1, 0.3)
-    assert g.refuses_motion(float(np.float32(0.1))) is None and g.refuses_hands(float(np.float32(0.3))) is None
+    assert (
+        g.refuses_motion(float(np.float32(0.1))) is None and g.refuses_hands(float(np.float32(0.3))) is None
+    )
     assert g.refuses_motion(0.0999) == "motion below 0.1"
     assert g.refuses_hands(0.25) == "hand visibility below 0.3"
 

@@ -42,7 +42,8 @@ def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "says"), [("", "not set"), ("nope", "no such file"), ("nope*/x", "nothing matches"), (".", "no videos")]
+    ("path", "says"),
+    [("", "not set"), ("nope", "no such file"), ("nope*/x", "nothing matches"), (".", "no videos")],
 )
 def test_a_path_with_nothing_to_see_is_one_clear_line(tmp_path, path, says):
     with pytest.raises(UserError, match=says) as caught:
@@ -74,7 +75,13 @@ def write_tar(path, members):
 
 
 def fields(i):
-    return {"factory_id": "factory_001", "worker_id": "worker_001", "video_index": i, "fps": 30.0, "codec": "hevc"}
+    return {
+        "factory_id": "factory_001",
+        "worker_id": "worker_001",
+        "video_index": i,
+        "fps": 30.0,
+        "codec": "hevc",
+    }
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ def test_a_broken_intrinsics_file_is_said_once_and_videos_are_used(tmp_path, wor
         write_tar(worker / f"{part}.tar", [(f"{part}.mp4", b"x"), (f"{part}.json", b"{}")])
     (worker / "intrinsics.json").write_text("{")
     found = list(E10K.candidates(str(tmp_path), None))
-    assert [type(f) for f in found][0] is VideoError and len(found) == 3
+    assert type(found[0]) is VideoError and len(found) == 3
 
 
 @pytest.mark.parametrize("cut", [700, 512 + 3000, 512 * 14, 512 * 14 + 100, 512 * 28])
@@ -140,7 +147,9 @@ def test_a_tar_cut_in_the_middle_yields_what_is_whole_and_one_error(tmp_path, wo
     assert all(v.blob.offset + v.blob.size <= cut for v in videos)
 
 
-@pytest.mark.parametrize(("data", "kind"), [(b"", "empty"), (b"this is text, no tar at all" * 50, "not_a_video")])
+@pytest.mark.parametrize(
+    ("data", "kind"), [(b"", "empty"), (b"this is text, no tar at all" * 50, "not_a_video")]
+)
 def test_a_file_that_is_no_tar_is_refused_alone(tmp_path, worker, data, kind):
     write_tar(worker / "b.tar", [("b.mp4", b"x"), ("b.json", b"{}")])
     (worker / "a.tar").write_bytes(data)

@@ -110,7 +110,10 @@ def embeddings(ids, values=None):
     [
         (damaged_byte, "checksum"),
         (lambda run: next((run.path / "clips").iterdir()).unlink(), "missing"),
-        (lambda run: (run.path / "clips" / "part-0123456789abcdef.parquet").write_bytes(b"x"), "no ledger record"),
+        (
+            lambda run: (run.path / "clips" / "part-0123456789abcdef.parquet").write_bytes(b"x"),
+            "no ledger record",
+        ),
         (other_rows(lambda rows: rows.pop()), "has no row"),
         (other_rows(lambda rows: rows.append(dict(rows[0]))), "occurs twice"),
         (edit(0, clip_id="f" * 16), "not in the plan"),
