@@ -1,0 +1,1 @@
+"""Chosen clips to formats that robot-learning code reads. Adding one is a module here."""

@@ -1,0 +1,162 @@
+"""The dataset card: what is in the dataset, how it was made, and what it is not."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+# Sources whose licence holds for all of their footage (FACTS: the data sets' own cards).
+SOURCE_LICENSES = {"egocentric10k": "apache-2.0"}
+
+STATE_TEXT = {
+    "hands": "for the left and then the right hand: visible (0 or 1), box (x_min, y_min, x_max, y_max) and "
+    "21 landmarks (x, y); 94 numbers, coordinates as shares of the picture's width and height, zeros while "
+    "the hand is not seen",
+    "reference": "the box (x_min, y_min, x_max, y_max) of one hand as shares of the picture's width and "
+    "height, zeros while it is not seen",
+}
+ACTION_TEXT = {
+    "hands": "motion (dx, dy) of the left and then the right wrist to the next frame, as shares of the "
+    "picture's width and height; zero where a wrist is not seen in both frames",
+    "reference": "motion (dx, dy) of one wrist to the next frame, as shares of the picture's width and "
+    "height, clipped to [-1, 1]; zero where it is not seen in both frames; the last one is repeated",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card reports. ``tasks`` and ``videos`` count episodes by task text and by video."""
+
+    schema: str
+    codec: str
+    fps: int
+    height: int
+    width: int
+    frames: int
+    tasks: Mapping[str, int]
+    videos: Mapping[str, int]
+    kept: int  # clips that passed the gates, exported or not
+    considered: int  # clips planned
+    hand_frames: int  # frames in which a hand is seen
+    skipped: int
+    ranked_by: str
+    random_models: Sequence[str]
+    license: str | None
+    version: str
+
+
+def license_of(pairs: Iterable[tuple[str, str | None]]) -> str | None:
+    """The one licence that all episodes share, from pairs of source and ``license`` field; else None."""
+    found = {said or SOURCE_LICENSES.get(source) for source, said in pairs}
+    return found.pop() if len(found) == 1 else None
+
+
+def card(facts: Facts) -> str:
+    """README.md of the dataset: YAML front matter, then Markdown. All foreign text is escaped."""
+    head: dict[str, Any] = {
+        "license": facts.license.lower() if facts.license else "other",
+        "task_categories": ["robotics"],
+        "tags": ["LeRobot", "egocentric", "hands", "pseudo-actions"],
+        "configs": [{"config_name": "default", "data_files": "data/*/*.parquet"}],
+    }
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{_body(facts)}"
+
+
+def _body(facts: Facts) -> str:
+    episodes = sum(facts.videos.values())
+    seconds = facts.frames / facts.fps
+    seen = (
+        f"{facts.hand_frames / facts.frames:.0%} of the frames"
+        if facts.frames
+        else "no frame (there is none)"
+    )
+    license_text = (
+        f"The footage is under `{_inline(facts.license)}`, as its source says."
+        if facts.license
+        else "**Unknown.** The source does not say, or its videos differ: ask whoever recorded them."
+    )
+    parts = [
+        "# First-person hand work as robot-learning episodes",
+        f"Made by ego2robot {facts.version} from first-person video, in the LeRobot dataset format v3.0.",
+        "> **Pseudo-actions, not robot actions.** Nobody drove a robot here. `observation.state` and "
+        "`action` are positions and motions of *detected* hands in the *picture* (2D, in shares of its width and "
+        "height). They follow the head as well as the hands, know nothing of depth, grip or force, and "
+        "cannot be executed by any robot. Use them to pre-train representations, not to control.",
+        *_warnings(facts),
+        "## Figures",
+        _table(
+            ("", ""),
+            [
+                ("episodes", f"{episodes:,}"),
+                ("frames", f"{facts.frames:,} ({seconds:,.1f} s at {facts.fps} frames/s)"),
+                ("tasks", f"{len(facts.tasks):,}"),
+                ("videos", f"{len(facts.videos):,}"),
+                ("clips planned → kept → exported", f"{facts.considered:,} → {facts.kept:,} → {episodes:,}"),
+                ("left out at export", f"{facts.skipped:,}"),
+                ("a hand is seen in", seen),
+                ("picture", f"{facts.height} × {facts.width} RGB, {facts.codec.upper()} (lossy)"),
+            ],
+        ),
+        f"Episodes are the kept clips that rank highest by {facts.ranked_by}; ties go to the one with more "
+        "motion, then to the smaller id. They are stored by video and time.",
+        "## Features",
+        _table(
+            ("feature", "meaning"),
+            [
+                ("`observation.images.top`", "the picture, on a regular grid of times"),
+                ("`observation.state`", STATE_TEXT[facts.schema]),
+                ("`action`", ACTION_TEXT[facts.schema]),
+            ],
+        ),
+        "`timestamp` is the frame's place on the grid; the real time of the picture in its video lies up to "
+        "one frame of the video before it. `meta/episodes` says for every episode which clip of which video "
+        "it is (`clip_id`, `video`, `start_s`, `end_s`), its skill and its scores. `meta/ego2robot.json` has "
+        "the configuration and the fingerprint of everything that made it. Statistics are exact: all "
+        "pixels and all rows, before video compression.",
+    ]
+    if facts.tasks:
+        common = sorted(facts.tasks.items(), key=lambda item: (-item[1], item[0]))
+        parts += ["## Tasks", _table(("task", "episodes"), [(_inline(t), f"{n:,}") for t, n in common[:50]])]
+        if len(common) > 50:
+            parts.append(f"… and {len(common) - 50:,} more in `meta/tasks.parquet`.")
+    parts += [
+        "## Loading",
+        "```python\nfrom lerobot.datasets.lerobot_dataset import LeRobotDataset\n\n"
+        'dataset = LeRobotDataset("local/dataset", root="path/to/this/folder")\n'
+        'frame = dataset[0]  # frame["observation.images.top"]: float32 [3, H, W] in [0, 1]\n```',
+        "## Licence",
+        license_text,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _warnings(facts: Facts) -> list[str]:
+    found = []
+    if not facts.videos:
+        found.append(
+            "> **Empty.** No clip could be exported; the files only show the format. LeRobot itself opens "
+            "no dataset without episodes."
+        )
+    if facts.random_models:
+        names = ", ".join(facts.random_models)
+        found.append(
+            f"> **Random weights.** {names} ran with random weights: labels, embeddings and skills that come "
+            "from them mean nothing."
+        )
+    return found
+
+
+def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    return "\n".join(lines)
+
+
+def _inline(text: str) -> str:
+    """Text from outside, safe in a Markdown table: no markup, no line breaks."""
+    flat = html.escape(" ".join(text.split()), quote=False)
+    return "".join("\\" + c if c in "\\`*_{}[]|#!" else c for c in flat)
