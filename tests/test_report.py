@@ -406,6 +406,28 @@ def test_the_banner_names_what_was_random_missing_or_wrong(page: Page) -> None:
         assert words in page.text, words
 
 
+def test_random_is_said_wherever_its_output_is_shown(page: Page) -> None:
+    section = re.search(r'id="kept">(.*?)<div class="subhead">', page.source, re.S)
+    assert section and section[1].count("(random)</div>") == 9
+    for words in ("t-SNE (random)", "UMAP (random)", "Skill (random)", "Coarse label × skill (random)"):
+        assert words in page.of("skills"), words
+
+
+def test_random_labels_are_called_random(tmp_path: Path) -> None:
+    built = start(tmp_path / "run", "embed.videomae.weights=none", "embed.clip.weights=random")
+    path = write_video(tmp_path / "a.mp4", 3 * FPS)
+    row = built.row(built.plan(path, "a.mp4", 1, 320, 180, 3 * FPS), 0, label="pick", label_score=0.5)
+    built.write_plan()
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(4, np.float16)), 4)
+    random = schema.embedding(4, "clip", "random", True)
+    built.commit(
+        [row], more={"embeddings/clip": pa.table([pa.array([row["clip_id"]]), vector], schema=random)}
+    )
+    page = read(write_report(built.run))
+    assert "pick 50 % (random)" in page.text
+    assert "clip: random weights. As asked for; its embeddings mean nothing. The labels" in page.text
+
+
 def test_the_quarantine_is_listed_up_to_a_limit_and_counted(page: Page) -> None:
     listed = page.of("quarantine")
     assert "bad 199.mp4" in listed and "bad 200.mp4" not in listed

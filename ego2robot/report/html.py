@@ -53,8 +53,8 @@ def render(run: RunDir, progress: Progress | None = None) -> str:
     if skills:
         skills.locate(wanted)
 
-    names = {f"t{i}": key for i, key in enumerate(wanted)}
-    ids = {key: name for name, key in names.items()}
+    random = random_embeddings(run)
+    ids = {key: f"t{i}" for i, key in enumerate(wanted)}
     cards = {key: card(rows[key], ids[key], pictures[key], skills) for key in wanted}
     videos = source_totals(run)
     work = Work.read(run.metrics())
@@ -77,7 +77,10 @@ def render(run: RunDir, progress: Progress | None = None) -> str:
         kept_s=survey.kept_s,
         work=work,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        notices=notices(run, counts, skills, pictures, refused, gate),
+        notices=notices(run, counts, skills, pictures, refused, gate, random),
+        # Random weights are called random wherever their output is shown.
+        random_labels=" (random)" if "clip" in random else "",
+        random_skills=" (random)" if skills and skills.about.get("random") else "",
         motion=motion_chart(survey, gate),
         visibility=visibility_chart(survey, gate, cfg),
         gate=gate,
@@ -710,6 +713,12 @@ def projection_charts(
     return found
 
 
+def random_embeddings(run: RunDir) -> list[str]:
+    """The embeddings of ``run`` that random weights made, as their files say."""
+    metadata = {name: run.dataset(f"embeddings/{name}").schema.metadata or {} for name in run.embeddings()}
+    return [name for name, about in metadata.items() if about.get(b"random") == b"true"]
+
+
 @dataclass(frozen=True)
 class Notice:
     level: str  # random, warn or info
@@ -724,6 +733,7 @@ def notices(
     pictures: Mapping[str, thumbnails.Thumbnail],
     refused: Refused,
     gate: Mapping[str, Threshold],
+    random: Sequence[str],
 ) -> list[Notice]:
     """What a reader must know before believing the rest: what was random, and what is missing."""
     cfg = run.config
@@ -732,11 +742,9 @@ def notices(
     def add(level: str, title: str, text: str) -> None:
         found.append(Notice(level, title, text))
 
-    for name in run.embeddings():
-        about = run.dataset(f"embeddings/{name}").schema.metadata or {}
-        if about.get(b"random") == b"true":
-            also = " The labels come from it and are random too." if name == "clip" else ""
-            add("random", f"{name}: random weights", f"As asked for; its embeddings mean nothing.{also}")
+    for name in random:
+        also = " The labels come from it and are random too." if name == "clip" else ""
+        add("random", f"{name}: random weights", f"As asked for; its embeddings mean nothing.{also}")
     if skills and skills.about.get("random"):
         on = skills.about.get("embedding")
         add("random", "Skills are random", f"They were clustered on {on} embeddings of random weights.")

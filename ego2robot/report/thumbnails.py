@@ -156,10 +156,10 @@ def _of_video(
     for one in shots:
         wanted.setdefault(one.time_s, []).append(one)
     found: dict[str, Thumbnail] = {}
-    # The report only needs a picture: whatever backend is best here will do.
-    backend, _ = policy.pick(info, "auto", "cpu")
     problem = "the stream ends before this clip"
     try:
+        # The report only needs a picture: whatever backend is best here will do.
+        backend, _ = policy.pick(info, "auto", "cpu")
         for batch in backend.read(name, blob, info, times, SPEC, "cpu"):
             for i, frame_HWC in enumerate(batch.frames_THWC.numpy()):
                 for one in wanted[float(times[batch.first + i])]:
