@@ -354,6 +354,18 @@ def naive(values: np.ndarray) -> dict[str, np.ndarray]:
     } | quantiles
 
 
+def test_no_folder_of_this_machine_gets_into_the_dataset(footage: list[Path], tmp_path: Path) -> None:
+    places = {"run_dir": str(tmp_path / "run"), "source": {"path": str(footage[0])}}
+    run, _ = make_run(tmp_path / "run", footage[:1], {**CONFIG, **places})
+    export_lerobot(run, tmp_path / "out", top=1, codec="h264")
+    assert (
+        json.loads((tmp_path / "out/meta/ego2robot.json").read_text())["config"]["source"]["path"] == "b.mp4"
+    )
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        for folder in (tmp_path, footage[0].parent):
+            assert str(folder).encode() not in path.read_bytes(), path
+
+
 def test_statistics_are_exact_per_episode_and_for_the_dataset(exported: Any) -> None:
     run, units, out, _ = exported
     rows, data, sources = episodes_of(out), data_of(out).to_pydict(), source_frames(run, units)

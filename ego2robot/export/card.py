@@ -15,13 +15,13 @@ SOURCE_LICENSES = {"egocentric10k": "apache-2.0"}
 STATE_TEXT = {
     "hands": "for the left and then the right hand: visible (0 or 1), box (x_min, y_min, x_max, y_max) and "
     "21 landmarks (x, y); 94 numbers, coordinates as shares of the picture's width and height, zeros while "
-    "the hand is not seen",
+    "the hand is not seen (gaps of one or two frames are interpolated)",
     "reference": "the box (x_min, y_min, x_max, y_max) of one hand as shares of the picture's width and "
     "height, zeros while it is not seen",
 }
 ACTION_TEXT = {
     "hands": "motion (dx, dy) of the left and then the right wrist to the next frame, as shares of the "
-    "picture's width and height; zero where a wrist is not seen in both frames",
+    "picture's width and height; zero where a wrist is not seen in both frames; the last one is repeated",
     "reference": "motion (dx, dy) of one wrist to the next frame, as shares of the picture's width and "
     "height, clipped to [-1, 1]; zero where it is not seen in both frames; the last one is repeated",
 }
@@ -84,9 +84,9 @@ def _body(facts: Facts) -> str:
         "# First-person hand work as robot-learning episodes",
         f"Made by ego2robot {facts.version} from first-person video, in the LeRobot dataset format v3.0.",
         "> **Pseudo-actions, not robot actions.** Nobody drove a robot here. `observation.state` and "
-        "`action` are positions and motions of *detected* hands in the *picture* (2D, in shares of its width and "
-        "height). They follow the head as well as the hands, know nothing of depth, grip or force, and "
-        "cannot be executed by any robot. Use them to pre-train representations, not to control.",
+        "`action` are positions and motions of *detected* hands in the *picture* (2D, in shares of its "
+        "width and height). They follow the head as well as the hands, know nothing of depth, grip or "
+        "force, and cannot be executed by any robot. Use them to pre-train representations, not to control.",
         *_warnings(facts),
         "## Figures",
         _table(

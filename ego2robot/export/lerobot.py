@@ -380,7 +380,7 @@ class _Job:
             "random_weights": randoms,
             "skipped": [{"clip_id": clip_id, "reason": reason} for clip_id, reason in self.skipped],
             "fingerprint": self.run.fingerprint,
-            "config": config.to_dict(self.run.config),
+            "config": _public(self.run.config),
         }
         atomic.write_json(self.folder / PROVENANCE, provenance)
         facts = Facts(
@@ -442,6 +442,14 @@ class _Job:
         if randoms := random_models(self.run):
             found.append(f"random weights: {', '.join(randoms)}; their labels and skills mean nothing")
         return found
+
+
+def _public(cfg: config.Config) -> dict[str, Any]:
+    """The configuration without the folders of the machine: datasets are made to be given away."""
+    tree = config.to_dict(cfg)
+    tree["run_dir"] = tree["export"]["path"] = ""
+    tree["source"]["path"] = Path(cfg.source.path).name
+    return tree
 
 
 # -- reading back ---------------------------------------------------------------------------------
