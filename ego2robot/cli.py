@@ -88,12 +88,12 @@ def run(
     """Run a recipe: videos to clips, embeddings, skills, dataset, report. Goes on where it stopped."""
     cfg = config.load(recipe, overrides or ())
     from ego2robot import pipeline
-    from ego2robot.console import display
+    from ego2robot.console import display, funnel_text
     from ego2robot.report import funnel
 
     with display() as (show, tell):
         outcome = pipeline.run(cfg, show, tell)
-    print(funnel(outcome.run).text())
+    print(funnel_text(funnel(outcome.run)))
     _print_run_end(outcome)
 
 
@@ -147,7 +147,7 @@ def export_lerobot(
 ) -> None:
     """Write a LeRobot v3.0 dataset from a run's kept clips."""
     from ego2robot.console import display
-    from ego2robot.export import export_lerobot as export
+    from ego2robot.export.lerobot import export_lerobot as export
     from ego2robot.progress import Progress
     from ego2robot.store.rundir import RunDir
 

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ego2robot.progress import Progress, Show, Tell
+from ego2robot.report import Funnel
 
 LOG_SECONDS = 10.0
 
@@ -44,6 +45,26 @@ def bar(progress: Progress, width: int = 24) -> str:
         return ""
     full = round(width * min(1.0, progress.done / progress.total))
     return "━" * full + "╌" * (width - full) + " "
+
+
+def funnel_text(funnel: Funnel) -> str:
+    """What became of the planned clips, most frequent reasons first, with bars of one scale."""
+    rows = [
+        ("planned", funnel.planned, ""),
+        ("scored", funnel.scored, ""),
+        *(("  dropped", n, reason) for reason, n in funnel.dropped.items()),
+        *(("  failed", n, reason) for reason, n in funnel.failed.items()),
+        ("kept", funnel.kept, ""),
+    ]
+    if funnel.pending:
+        rows.append(("left", funnel.pending, "not decided yet"))
+    most = max(1, funnel.planned)
+    width = len(str(most))
+    lines = [
+        f"{name:<10} {n:>{width}} {100 * n / most:5.1f} %  {'█' * round(24 * n / most):<24} {reason}".rstrip()
+        for name, n, reason in rows
+    ]
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -116,8 +116,9 @@ def _packages() -> Iterator[Finding]:
 
 def _models() -> Iterator[Finding]:
     for model in models.installed():
-        hint = "" if model.present else "ego2robot models pull"
-        yield Finding("models", model.name, model.present, model.text, hint)
+        ok = model.state == "ok"
+        hint = "" if ok else "ego2robot models pull"
+        yield Finding("models", model.name, ok, f"{model.what}: {model.state}", hint)
     hub = Path(
         os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
     )

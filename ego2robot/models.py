@@ -24,6 +24,7 @@ from typing import Literal
 
 from ego2robot.errors import UserError
 from ego2robot.store import atomic
+from ego2robot.types import short_id
 
 State = Literal["ok", "missing", "corrupt", "unreadable"]
 WHEEL = "mediapipe==0.10.21"
@@ -111,6 +112,11 @@ def installed() -> list[ModelFile]:
         what = f"network of MediaPipe hands ({network.in_task})"
         found.append(ModelFile(network.file, path, _network_state(path, network), what))
     return found
+
+
+def fingerprint() -> str:
+    """One hash for the networks that are used, known without reading them."""
+    return short_id(*(network.sha256 for network in NETWORKS))
 
 
 def hand_landmarker_path(pull_if_missing: bool = False) -> Path:

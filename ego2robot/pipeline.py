@@ -16,7 +16,7 @@ import torch
 
 from ego2robot import config, models
 from ego2robot.errors import UserError, VideoError
-from ego2robot.export import ExportResult, export_lerobot
+from ego2robot.export.lerobot import ExportResult, export_lerobot
 from ego2robot.jobs import plan as planning
 from ego2robot.jobs.embedding import Batches, PendingUnit, tables
 from ego2robot.jobs.pool import Event, Pool

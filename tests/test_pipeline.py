@@ -101,7 +101,7 @@ def test_a_video_cut_in_the_middle_keeps_its_whole_clips_and_fails_the_others(wo
     decisions = [row["decision"] for row in cut]
     n = decisions.index("failed")
     assert 3 <= n <= 7 and decisions == ["kept"] * n + ["failed"] * (10 - n)
-    assert all("ends at" in row["reason"] or "corrupt" in row["reason"] for row in cut[n:])
+    assert all("ends before" in row["reason"] or "corrupt" in row["reason"] for row in cut[n:])
     assert any(row["name"] == "cut.mp4" for row in rows(outcome.run, "quarantine"))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ego2robot.jobs.plan import units_from_table
+from ego2robot.stages import hand_motion
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
 
@@ -46,7 +47,8 @@ def verify(run: RunDir) -> Verdict:
 
     Files: each one named by the ledger is there, with its checksum and row count, and no other part
     is. Clips: each planned clip of a committed unit has exactly one row, inside its video, with a
-    decision and, unless kept, a reason. Embeddings: exactly the kept clips, all finite, none zero.
+    decision and, unless kept, a reason. Embeddings: exactly the kept clips, all finite, none zero
+    (but hand_motion of a clip without hands).
     Hands: only clips that exist, finite.
     """
     if not (run.path / "plan" / "units.parquet").is_file():
@@ -79,11 +81,14 @@ def verify(run: RunDir) -> Verdict:
     if len(planned) != sum(len(u.clips) for u in units.values()):
         problems.append("plan: clip ids are not unique")
     decisions: dict[str, str] = {}
+    handless: set[str] = set()
     for row in _rows(run, "clips", whole):
         clip, unit = row["clip_id"], planned.get(row["clip_id"])
         if clip in decisions:
             problems.append(f"clips: {clip} occurs twice")
         decisions[clip] = row["decision"]
+        if not row["hand_visibility"]:
+            handless.add(clip)
         if unit is None:
             problems.append(f"clips: {clip} is not in the plan")
             continue
@@ -95,7 +100,8 @@ def verify(run: RunDir) -> Verdict:
 
     kept = {c for c, decision in decisions.items() if decision == "kept"}
     for name in run.embeddings():
-        problems += _embedding_problems(run, name, kept, whole)
+        may_be_zero = handless if name == hand_motion.NAME else set()
+        problems += _embedding_problems(run, name, kept, may_be_zero, whole)
     for row in _rows(run, "hands", whole, ["clip_id", "landmarks", "box"]):
         if row["clip_id"] not in decisions:
             problems.append(f"hands: clip {row['clip_id']} has no row in clips")
@@ -161,7 +167,9 @@ def _row_problems(row: dict, duration_s: float) -> list[str]:
     return found
 
 
-def _embedding_problems(run: RunDir, name: str, kept: set[str], whole: set[str]) -> list[str]:
+def _embedding_problems(
+    run: RunDir, name: str, kept: set[str], may_be_zero: set[str], whole: set[str]
+) -> list[str]:
     found: list[str] = []
     ids: set[str] = set()
     for relative in sorted(r for r in whole if r.startswith(f"embeddings/{name}/")):
@@ -174,7 +182,7 @@ def _embedding_problems(run: RunDir, name: str, kept: set[str], whole: set[str])
                 for clip, norm in zip(clip_ids, norms, strict=True):
                     if clip in ids:
                         found.append(f"embeddings/{name}: {clip} occurs twice")
-                    if not np.isfinite(norm) or norm == 0:
+                    if not np.isfinite(norm) or (norm == 0 and clip not in may_be_zero):
                         found.append(f"embeddings/{name}: {clip} has norm {norm}")
                     ids.add(clip)
     found += [f"embeddings/{name}: {c} is no kept clip" for c in sorted(ids - kept)]

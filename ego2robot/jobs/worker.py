@@ -141,7 +141,8 @@ def _score_clip(
             scored.hands += [hand for hands in more for hand in hands]
             scored.hands.sort(key=lambda hand: (hand.frame, hand.side))
         if cfg.embed.hand_motion:
-            scored.hand_motion = hand_motion.hand_motion(scored.hands, n)
+            aspect = cfg.frames.width / cfg.frames.height
+            scored.hand_motion = hand_motion.hand_motion(scored.hands, n, aspect)
         watch.lap("hands")
     for preprocess in work.preprocess:
         picked = frames.frames_THWC[torch.from_numpy(preprocess.indices(n))]
