@@ -11,10 +11,17 @@ from ego2robot.types import Hand
 
 
 class HandDetector(Protocol):
-    def detect(self, frames_THWC: torch.Tensor, indices: np.ndarray) -> list[list[Hand]]:
+    def detect(
+        self,
+        frames_THWC: torch.Tensor,
+        indices: np.ndarray,
+        content: tuple[int, int, int, int] | None = None,
+    ) -> list[list[Hand]]:
         """The hands in ``frames_THWC[indices]`` (uint8 RGB), one list per index, each sorted by side.
 
-        ``Hand.frame`` is the index. At most ``max_hands`` a frame, at most one per side.
+        ``Hand.frame`` is the index. At most ``max_hands`` a frame, at most one per side. ``content`` is
+        (top, left, height, width) of the picture inside the frame, as in ``ClipFrames``: only there is
+        looked, but coordinates are shares of the whole frame.
         """
 
     def close(self) -> None: ...
