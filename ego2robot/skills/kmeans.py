@@ -127,7 +127,8 @@ def plus_plus(x_ND: torch.Tensor, k: int, rng: np.random.Generator, device: str 
     """
     n_candidates = 2 + int(math.log(k))
     chosen = [int(rng.integers(len(x_ND)))]
-    closest_N = _to_each(x_ND, x_ND[chosen], device)[0]
+    norms_N = torch.cat([_squared_norms(rows_ND) for rows_ND in _chunks(x_ND, x_ND[:1].to(device))])
+    closest_N = _to_each(x_ND, norms_N, x_ND[chosen])[0]
     while len(chosen) < k:
         cumulative = closest_N.double().cumsum(0)
         total = float(cumulative[-1])
@@ -136,7 +137,7 @@ def plus_plus(x_ND: torch.Tensor, k: int, rng: np.random.Generator, device: str 
         # A draw in (0, total] never falls on a row at distance 0, which is one that was chosen.
         draws = torch.as_tensor((1.0 - rng.random(n_candidates)) * total, device=cumulative.device)
         candidates = torch.searchsorted(cumulative, draws).clamp_(max=len(x_ND) - 1)
-        left_LN = torch.minimum(_to_each(x_ND, x_ND[candidates], device), closest_N)
+        left_LN = torch.minimum(_to_each(x_ND, norms_N, x_ND[candidates]), closest_N)
         winner = int(left_LN.sum(dim=1, dtype=torch.float64).argmin())
         chosen.append(int(candidates[winner]))
         closest_N = left_LN[winner]
@@ -235,23 +236,33 @@ def _settle(
         squared = torch.where(closer, to_row, squared)
 
 
-def _to_each(x_ND: torch.Tensor, targets_LD: torch.Tensor, device: str) -> torch.Tensor:
+def _to_each(x_ND: torch.Tensor, norms_N: torch.Tensor, targets_LD: torch.Tensor) -> torch.Tensor:
     """Squared distances float32 [L, N]; exactly 0 between equal rows and only there.
 
     The matrix product leaves rounding noise where a distance is tiny beside the norms: those few are
     recomputed as a difference.
+
+    Args:
+        norms_N: squared norms of the rows, on the device to compute on.
     """
-    targets_LD = targets_LD.to(device)
-    targets_L = targets_LD.square().sum(dim=1)
+    targets_LD = targets_LD.to(norms_N.device)
+    norms_L = _squared_norms(targets_LD)
     parts = []
+    start = 0
     for rows_ND in _chunks(x_ND, targets_LD):
-        scale_NL = rows_ND.square().sum(dim=1)[:, None] + targets_L
-        squared_NL = scale_NL - 2 * (rows_ND @ targets_LD.T)
+        scale_NL = norms_N[start : start + len(rows_ND), None] + norms_L
+        start += len(rows_ND)
+        squared_NL = torch.addmm(scale_NL, rows_ND, targets_LD.T, alpha=-2)
         doubtful = (squared_NL < 1e-4 * scale_NL).nonzero()
         for i, j in (pair.unbind(1) for pair in doubtful.split(max(1, CHUNK_VALUES // x_ND.shape[1]))):
             squared_NL[i, j] = (rows_ND[i] - targets_LD[j]).square().sum(dim=1)
         parts.append(squared_NL.T)
     return torch.cat(parts, dim=1)
+
+
+def _squared_norms(rows_ND: torch.Tensor) -> torch.Tensor:
+    """float32 [N], without an array of squares."""
+    return torch.linalg.vector_norm(rows_ND, dim=1).square_()
 
 
 def _chunks(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> Iterator[torch.Tensor]:
