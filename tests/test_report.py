@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -22,7 +23,7 @@ from PIL import Image
 
 from ego2robot import config
 from ego2robot.errors import UserError
-from ego2robot.report import Funnel, charts, funnel, html, reason_group, write_report
+from ego2robot.report import Funnel, charts, funnel, html, reason_group, thumbnails, write_report
 from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir
 from ego2robot.types import FrameSpec, clip_id, short_id
@@ -175,8 +176,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Built:
     built.commit(built.clips, hands, rows, {"embeddings/videomae": vectors})
     atomic.write_json(built.run.path / "plan" / "gate.json", {"min_motion": 0.05, "min_hand_visibility": 0.3})
     write_skills(built, kept)
-    metrics = {"decode": 3.0, "motion": 0.5, "hands": 1.5}
-    for clips, elapsed, event in ((4, 2.0, "progress"), (8, 4.0, "stopped"), (5, 3.0, "progress"),
+    metrics = {"decode": 3.0, "<i>motion": 0.5, "hands": 1.5}
+    for clips, elapsed, event in ((4, 2.0, "progress"), (8, 4.0, "stopped"), (5, 5.0, "progress"),
                                   (11, 6.0, "stopped"), (11, 6.0, "done")):  # fmt: skip
         built.run.add_metrics(
             {"event": event, "clips": clips, "kept": 3, "video_s": 2.0 * clips, "elapsed_s": elapsed,
@@ -377,6 +378,16 @@ def test_rates_add_up_over_the_starts_of_a_run(page: Page) -> None:
     assert "1.50 GB at most" in page.of("speed")
 
 
+def test_the_highest_memory_is_the_highest_measured() -> None:
+    """However short the peak, and however coarse the line that is drawn."""
+    lines = [
+        {"elapsed_s": 2.0 * i, "clips": i, "rss_bytes": 9e9 if i == 501 else 1e9} for i in range(1, 1000)
+    ]
+    work = html.Work.read(lines)
+    assert work.peak_rss == 9e9 and len(work.rss) < 100
+    assert "9.00 GB at most" in html.work_charts(work)[1][1]
+
+
 def test_a_start_that_was_killed_is_a_start_of_its_own() -> None:
     lines = [
         {"event": "progress", "elapsed_s": 2.0, "clips": 2},
@@ -441,6 +452,7 @@ def test_text_from_files_is_shown_and_never_run(page: Page) -> None:
     assert "<script>alert(1)</script>.mp4" in page.text
     assert "<b>pick</b> it up" in page.text and "turn <left>" in page.text
     assert "moov & more is missing" in page.text
+    assert "<i>motion 1.0 s" in page.of("speed")
     assert len(page.scripts) == 1 and "alert(1)" not in page.scripts[0]
     assert not any(key.startswith("on") for _, key, _ in page.attributes)
 
@@ -459,7 +471,8 @@ def test_the_policy_in_the_page_allows_its_own_script_and_no_other(page: Page) -
         v for t, k, v in page.attributes if t == "meta" and k == "content" and "default-src" in str(v)
     )
     assert "default-src 'none'" in str(policy)
-    assert f"script-src {html.csp_hash(page.scripts[0])};" in str(policy)
+    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in str(policy)
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -518,6 +531,11 @@ def test_bones_join_neighbouring_landmarks_of_one_hand() -> None:
     assert joined == set(range(21)) and len(charts.BONES) == 21
     tips = [4, 8, 12, 16, 20]
     assert all(sum(tip in bone for bone in charts.BONES) == 1 for tip in tips)
+
+
+def test_a_placeholder_shows_its_reason_as_text() -> None:
+    drawn = Page(html.picture("t0", thumbnails.Thumbnail(384, 216, None, "<b>no</b> stream & no frames")))
+    assert "<b>no</b> stream & no frames" in drawn.text and drawn.symbols["t0"]["image"] is None
 
 
 def test_both_projections_are_drawn_and_points_lead_to_pictures(page: Page) -> None:

@@ -216,7 +216,7 @@ def scatter(
 
     Args:
         pictures: clip id to the ``data-*`` attributes of its point.
-        names: cluster to the text at its middle.
+        names: cluster to the text at its middle; clusters that are not in it have none.
     """
     width, height, margin = 640.0, 460.0, 22.0
     low, high = points.xy.min(0), points.xy.max(0)
@@ -246,9 +246,9 @@ def scatter(
                     el("circle", cx=a, cy=b, r=radius + 2.5, fill=shade, class_="pt", tabindex=0,
                        data_skill=int(skill), **pictures[key])
                 )  # fmt: skip
-        x, y = np.median(xy[chosen], axis=0)
-        tag = names.get(int(skill), str(skill))
-        texts.append(el("text", tag, x=x, y=max(16.0, y - radius - 8), class_="mid tag"))
+        if int(skill) in names:
+            x, y = np.median(xy[chosen], axis=0)
+            texts.append(el("text", names[int(skill)], x=x, y=max(16.0, y - radius - 8), class_="mid tag"))
     return el("svg", *dots, *ringed, *texts, viewBox="0 0 640 460", role="group", aria_label=label,
               class_="chart scatter")  # fmt: skip
 

@@ -28,7 +28,7 @@ from ego2robot.types import FrameSpec
 # What the page shows at most: it stays below some megabytes however large the run is.
 N_KEPT, N_DROPPED, N_FAILED = 24, 16, 24
 N_SKILL_PICTURES, N_EXAMPLES = 120, 5
-N_SKILLS, N_LABELS, N_POINTS, N_QUARANTINE, N_MOMENTS = 200, 40, 4000, 200, 240
+N_SKILLS, N_TAGS, N_LABELS, N_POINTS, N_QUARANTINE, N_MOMENTS = 200, 24, 40, 4000, 200, 240
 FINE = 1 << 13  # bins that scores are counted in, before they are made coarser for display
 PROJECTIONS = {"tsne": "t-SNE", "umap": "UMAP"}
 
@@ -466,6 +466,7 @@ class Work:
     Attributes:
         wall_s: seconds from start to last word, summed over starts.
         at_s, clips_per_s, rss: float64 [N], along the working time.
+        peak_rss: the largest measured, bytes; the line of ``rss`` may pass below it.
         began, ended: Unix seconds, None when nothing was measured.
     """
 
@@ -477,6 +478,7 @@ class Work:
     at_s: np.ndarray
     clips_per_s: np.ndarray
     rss: np.ndarray
+    peak_rss: float
     began: str | None
     ended: str | None
 
@@ -516,6 +518,7 @@ class Work:
             at_s=moments,
             clips_per_s=rate,
             rss=memory,
+            peak_rss=max((value for value in rss if math.isfinite(value)), default=0.0),
             began=_date(first) if first is not None else None,
             ended=_date(max(times)) if times else None,
         )
@@ -656,7 +659,7 @@ def work_charts(work: Work) -> list[tuple[str, str, Markup]]:
              charts.line(work.at_s / scale, work.clips_per_s, label, "clips/s", "Clips per second over time"))
         )  # fmt: skip
         if len(work.rss):
-            note = f"All processes together, {gigabytes(float(work.rss.max()))} at most."
+            note = f"All processes together, {gigabytes(work.peak_rss)} at most."
             chart = charts.line(
                 work.at_s / scale, work.rss / 1e9, label, "GB", "Resident memory over time", "hands"
             )
@@ -696,7 +699,7 @@ def projection_charts(
 ) -> list[tuple[str, str, int, Markup]]:
     """Key, title, number of points drawn and chart of each projection."""
     found = []
-    tags = {skill: str(skill) for skill in skills.names}
+    tags = {int(row["skill"]): str(row["skill"]) for row in skills.rows[:N_TAGS]}
     for key, points in skills.points.items():
         pictures = {
             clip: {
