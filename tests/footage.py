@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -45,9 +46,13 @@ def write_video(
     times: Iterable[Fraction] | None = None,
     picture: Callable[[int, int, int], np.ndarray] = textured_frame,
     crf: int = 18,
+    options: dict[str, str] | None = None,
 ) -> Path:
-    """Encodes ``n_frames`` pictures; ``times`` (seconds) makes the frame rate variable."""
-    options = {
+    """Encodes ``n_frames`` pictures; ``times`` (seconds) makes the frame rate variable.
+
+    ``options`` are more of the encoder's own.
+    """
+    defaults = {
         "h264": {"crf": str(crf), "preset": "veryfast"},
         "hevc": {"preset": "ultrafast", "x265-params": f"log-level=error:crf={crf}:bframes={bframes}"},
         "vp9": {"crf": str(crf), "b": "0", "cpu-used": "8", "deadline": "realtime"},
@@ -55,7 +60,7 @@ def write_video(
     }[codec]
     stamps = list(times) if times is not None else [Fraction(i) / Fraction(fps) for i in range(n_frames)]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(ENCODERS[codec], rate=Fraction(fps), options=options)
+        stream = container.add_stream(ENCODERS[codec], rate=Fraction(fps), options=defaults | (options or {}))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.gop_size = gop
         if codec == "h264":
@@ -66,4 +71,60 @@ def write_video(
             frame.pts, frame.time_base = round(stamp * 90000), Fraction(1, 90000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def write_flat(path: Path, yuv: tuple[int, int, int], matrix: int, full: bool, n_frames: int = 6) -> Path:
+    """H.264 of one colour, given as its stored 8-bit Y, Cb, Cr; tagged with a matrix (ITU-T H.273
+    number: 1 BT.709, 2 unspecified, 6 BT.601, 9 BT.2020) and a range."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=6, options={"crf": "1", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        stream.codec_context.colorspace = matrix
+        stream.codec_context.color_range = 2 if full else 1
+        for _ in range(n_frames):
+            frame = av.VideoFrame(128, 96, "yuv420p")
+            for plane, value in zip(frame.planes, yuv, strict=True):
+                plane.update(bytes([value]) * plane.buffer_size)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_audio(path: Path, seconds: float = 1.0) -> Path:
+    """A tone in AAC, without a picture."""
+    rate = 16000
+    tone = (np.sin(np.arange(int(seconds * rate)) / 5) * 8000).astype(np.int16)[None]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate, frame_size=1024)
+        for part in (*resampler.resample(frame), *resampler.resample(None)):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return path
+
+
+def remux(source: Path, path: Path, options: dict[str, str] | None = None) -> Path:
+    """The same packets in another container, such as ``x.ts``, ``x.mkv`` or an mp4 with
+    ``{"movflags": "faststart"}``."""
+    with av.open(str(source)) as old, av.open(str(path), "w", container_options=options or {}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+def rotate(source: Path, path: Path, clockwise: int) -> Path:
+    """A copy of an mp4 whose display matrix asks for a turn by 90, 180 or 270 degrees, as phones write."""
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[clockwise]
+    one = 1 << 16
+    matrix = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    data = bytearray(source.read_bytes())
+    at = data.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2, version 0
+    data[at : at + 36] = matrix
+    path.write_bytes(data)
     return path

@@ -46,6 +46,9 @@ class Backend(Protocol):
     def missing(self) -> str | None:
         """None when usable here, else what is missing and how to get it, on one line."""
 
+    def version(self) -> str:
+        """Its version, for ``ego2robot doctor``; only asked where nothing is missing."""
+
     def refuses(self, info: VideoInfo) -> str | None:
         """None when it can decode such a video exactly, else why not."""
 

@@ -62,7 +62,7 @@ def status(run: RunDir) -> Status:
         video_rate = metrics[-1]["video_s"] / metrics[-1]["elapsed_s"]
         eta = (clips - clips_done) / rate if clips > clips_done else None
     skills = run.skills()
-    info = run.read_json("dataset/meta/info.json")
+    info = RunDir(run.config.export.path or run.path / "dataset").read_json("meta/info.json")
     finished = (run.path / "report.html").is_file() and clips_done == clips
     state = "planning" if not planned else "curating" if clips_done < clips else "curated"
     return Status(

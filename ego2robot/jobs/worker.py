@@ -125,7 +125,7 @@ def _score_clip(
             return scored
     if detector:
         looked = np.arange(0, n, cfg.hands.every)
-        found = detector.detect(frames.frames_THWC, looked)
+        found = detector.detect(frames.frames_THWC, looked, frames.content)
         scored.visibility = visibility(found)
         scored.hands = [hand for hands in found for hand in hands]
         watch.lap("hands")
@@ -137,7 +137,7 @@ def _score_clip(
     if detector:
         if cfg.hands.dense:
             rest = np.setdiff1d(np.arange(n), looked)
-            more = detector.detect(frames.frames_THWC, rest)
+            more = detector.detect(frames.frames_THWC, rest, frames.content)
             scored.hands += [hand for hands in more for hand in hands]
             scored.hands.sort(key=lambda hand: (hand.frame, hand.side))
         if cfg.embed.hand_motion:

@@ -30,7 +30,8 @@ class HandDetector(Protocol):
 class Preprocess(Protocol):
     """The part of an embedder that runs in the decoding process. Small, picklable, loads no model."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def indices(self, n_frames: int) -> np.ndarray:
         """Which frames of a clip of ``n_frames`` the model looks at: int64 [T], may repeat."""
@@ -55,13 +56,21 @@ class Embedder(Protocol):
             how clips were grouped.
     """
 
-    name: str
-    preprocess: Preprocess
-    dim: int
-    weights: str
-    fingerprint: str
-    random: bool
-    batch_size: int
+    # Properties: read only, so that a frozen dataclass with a narrower type is one too.
+    @property
+    def name(self) -> str: ...
+    @property
+    def preprocess(self) -> Preprocess: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def random(self) -> bool: ...
+    @property
+    def batch_size(self) -> int: ...
 
     def embed(self, prepared_BTHWC: torch.Tensor) -> torch.Tensor:
         """uint8 [B, T, h, w, 3] from ``prepare`` to float32 [B, dim] on the CPU.

@@ -67,7 +67,7 @@ class RunDir:
         tree = config.to_dict(wanted)
         if (run.path / "config.yaml").is_file():
             differ = config.differences(config.to_dict(run.config), tree)
-            old = json.loads((run.path / "fingerprint.json").read_text(encoding="utf-8"))
+            old = run.fingerprint
             differ += [
                 f"{key}: {old.get(key)} → {value}"
                 for key, value in fingerprint.items()
@@ -92,7 +92,7 @@ class RunDir:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        return dict(json.loads((self.path / "fingerprint.json").read_text(encoding="utf-8")))
+        return self.read_json("fingerprint.json") or {}
 
     # -- committing ------------------------------------------------------------------------------
 
@@ -172,9 +172,18 @@ class RunDir:
         return pq.read_table(self.path / "plan" / "units.parquet")
 
     def read_json(self, relative: str) -> dict[str, Any] | None:
-        """A JSON mapping of the run directory, None where there is no such file."""
+        """A JSON mapping of the run directory, None where there is no such file.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         path = self.path / relative
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete it and run the job again") from None
 
     def skills(self) -> dict[str, Any] | None:
         """What ``ego2robot cluster`` found (``skills/skills.json``), or None before it ran."""
