@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def read_clips(
     sample_fps = clips[0].sample_fps
     if any(clip.sample_fps != sample_fps or clip.n_frames < 1 for clip in clips):
         raise ValueError("clips of one pass have frames, and one sample_fps")
-    if any(a.first > b.first for a, b in zip(clips, clips[1:], strict=False)):
+    if any(a.first > b.first for a, b in itertools.pairwise(clips)):
         raise ValueError("clips of one pass are in ascending order")
 
     grid = np.unique(np.concatenate([np.arange(clip.grid.start, clip.grid.stop) for clip in clips]))

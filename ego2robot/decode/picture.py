@@ -38,7 +38,7 @@ class Scaler:
             picture, width=width, height=height, format="rgb24", interpolation=QUALITY, threads=1
         )
         plane = small.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width]
         rgb_HWC = np.rot90(rows.reshape(height, width, 3), -self._turns)
         frame_HWC[self.top : self.top + self.height, self.left : self.left + self.width] = rgb_HWC
 
