@@ -22,8 +22,9 @@ BackendName = Literal["auto", "faiss", "torch", "cuml"]
 # (rows_ND, centroids_KD) → index of the nearest centroid int64 [N]
 Nearest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# On a CPU the two are equal below about so many clusters, beyond it faiss is 1.1 to 1.4 times as fast
-# (it keeps the running minimum and never stores the distances). See benchmarks/kmeans.py.
+# From about so many clusters faiss is 1.15 to 1.4 times as fast as torch on a CPU (it keeps the running
+# minimum and never stores the distances); below, k-means takes no time and the gain is less.
+# See benchmarks/kmeans.py.
 FAISS_FROM_K = 100
 CHUNK_VALUES = 1 << 22  # float32 values of the largest array of one chunk: 16 MiB
 
