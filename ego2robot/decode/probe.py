@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 
@@ -13,9 +12,11 @@ from ego2robot.decode.pyav import open_stream, pictures
 from ego2robot.errors import VideoError
 from ego2robot.types import Blob, VideoInfo
 
+MAX_BOXES = 10_000  # of a fragmented file, looked through for its index
 TAIL_S = 5.0  # how much of the end is looked at where the container has no index
 DEFAULT_FPS = 25.0  # where the container says nothing, as FFmpeg assumes
 MP4_BOXES = frozenset((b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"pnot", b"uuid"))
+REDO = "re-download the file"
 EBML = b"\x1a\x45\xdf\xa3"
 
 
@@ -35,6 +36,11 @@ def probe(name: str, blob: Blob) -> VideoInfo:
             return _describe(name, container, stream)
     except av.FFmpegError as error:
         raise _explain(name, blob, error) from None
+    except VideoError as error:
+        boxes, whole = _mp4_boxes(blob)
+        if boxes and not whole:  # what is lacking is in the part that was cut off
+            raise VideoError(name, f"truncated mp4 ({error.cause})", REDO, "truncated") from None
+        raise
 
 
 def _describe(name: str, container: av.container.InputContainer, stream: av.VideoStream) -> VideoInfo:
@@ -148,7 +154,7 @@ def _check_bytes(name: str, blob: Blob) -> None:
         raise VideoError(name, "empty (0 bytes)", "download or record it again", "empty")
     if blob.offset + blob.size > size:
         lacking = blob.offset + blob.size - size
-        hint = "re-download the archive" if not blob.whole_file else "re-download the file"
+        hint = REDO if blob.whole_file else "re-download the archive"
         raise VideoError(name, f"{lacking} of its {blob.size} bytes are missing", hint, "truncated")
 
 
@@ -156,37 +162,40 @@ def _explain(name: str, blob: Blob, error: av.FFmpegError) -> VideoError:
     """Why a file that is there cannot be opened as a video."""
     with Path(blob.path).open("rb") as file:
         file.seek(blob.offset)
-        head = file.read(4096)
-        boxes, whole = _mp4_boxes(file, blob) if head[4:8] in MP4_BOXES else ([], True)
+        head = file.read(min(4096, blob.size))
+    boxes, whole = _mp4_boxes(blob)
     if boxes:
         if b"moov" not in boxes:
             cause = "truncated mp4: its index (moov) is missing"
             return VideoError(name, cause, "re-download it, or finish the recording", "truncated")
         if not whole:
-            return VideoError(name, "truncated inside its headers", "re-download the file", "truncated")
+            return VideoError(name, "truncated mp4", REDO, "truncated")
     if boxes or head.startswith(EBML):
-        return VideoError(name, f"damaged container ({error.strerror})", "re-download the file", "corrupt")
+        return VideoError(name, f"damaged container ({error.strerror})", REDO, "corrupt")
     kind = "text" if _is_text(head) else "no video format that is known here"
     return VideoError(name, f"not a video ({kind})", "remove it, or give the video itself", "not_a_video")
 
 
-def _mp4_boxes(file: BinaryIO, blob: Blob) -> tuple[list[bytes], bool]:
-    """The types of the top-level boxes of an mp4, and whether the last one is complete."""
+def _mp4_boxes(blob: Blob) -> tuple[list[bytes], bool]:
+    """The types of the top-level boxes (none: no mp4), and whether the last one is complete."""
     boxes: list[bytes] = []
     at = 0
-    while at + 8 <= blob.size and len(boxes) < 10_000:
-        file.seek(blob.offset + at)
-        header = file.read(16)
-        size, kind = struct.unpack(">I4s", header[:8])
-        if size == 1 and len(header) == 16:
-            size = struct.unpack(">Q", header[8:])[0]
-        boxes.append(kind)
-        if size == 0:
-            return boxes, True
-        if size < 8:
-            return boxes, False
-        at += size
-    return boxes, at == blob.size
+    with Path(blob.path).open("rb") as file:
+        while at + 8 <= blob.size and len(boxes) < MAX_BOXES:
+            file.seek(blob.offset + at)
+            header = file.read(16)
+            size, kind = struct.unpack(">I4s", header[:8])
+            if size == 1 and len(header) == 16:
+                size = struct.unpack(">Q", header[8:])[0]
+            if not boxes and kind not in MP4_BOXES:
+                return [], True
+            boxes.append(kind)
+            if size == 0:  # up to the end
+                return boxes, True
+            if size < 8:
+                return boxes, False
+            at += size
+    return boxes, at <= blob.size
 
 
 def _is_text(head: bytes) -> bool:

@@ -77,11 +77,12 @@ _ATTACHED_PICTURE = av.stream.Disposition.attached_pic
 
 @dataclass(slots=True)
 class Picture:
-    """A decoded picture. ``corrupt``: damage was reported since the last keyframe before it."""
+    """A decoded picture."""
 
     time_s: float  # presentation time in the stream's own clock
     frame: av.VideoFrame
-    corrupt: bool
+    corrupt: bool  # damage was reported since the last keyframe before it
+    after_damage: bool  # damage was reported since the picture before it: some may be lost between
 
 
 def pictures(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[Picture]:
@@ -96,11 +97,12 @@ def pictures(container: av.container.InputContainer, stream: av.VideoStream) -> 
     waiting = MAX_WAIT_PACKETS  # for a keyframe to start from
     recent_keys: deque[int] = deque(maxlen=8)
     damage: float | None = None  # presentation time of the latest packet that was damaged
+    after_damage = False
     last = -math.inf
     for packet in _packets(container, stream):
         expected = last + step if last > -math.inf else -math.inf
         if packet is None:  # the container itself is damaged here
-            damage = expected
+            damage, after_damage = expected, True
             continue
         when = packet.pts if packet.pts is not None else packet.dts
         if packet.size and packet.is_keyframe and when is not None:
@@ -119,19 +121,20 @@ def pictures(container: av.container.InputContainer, stream: av.VideoStream) -> 
             broken = True
         if broken:
             at = when * tick if when is not None else expected
-            damage = at if damage is None else max(damage, at)
+            damage, after_damage = max(at, damage or at), True
         for frame in found:
             pts = frame.pts if frame.pts is not None else frame.dts
             if pts is not None and key_pts is not None and pts < key_pts:
                 continue
             time_s = pts * tick if pts is not None else max(last + step, 0.0)
             if frame.is_corrupt:
-                damage = time_s if damage is None else max(damage, time_s)
+                damage, after_damage = max(time_s, damage or time_s), True
             elif damage is not None and time_s > damage and (frame.key_frame or pts in recent_keys):
                 damage = None
             if time_s > last:  # repeated or rewound time stamps cannot be shown in order
                 last = time_s
-                yield Picture(time_s, frame, damage is not None)
+                yield Picture(time_s, frame, damage is not None, after_damage)
+                after_damage = damage is not None
 
 
 def _packets(
@@ -224,8 +227,9 @@ class _Pass:
             while i < n and due[i] + EPSILON_S < until:
                 shown = held or picture  # nothing comes before the first picture of a video
                 assert shown is not None
-                # Where damage lasts, a hole is a picture that was lost, not one that stays long.
-                lost = bool(picture and picture.corrupt and until - shown.time_s > 1.5 / self.info.fps)
+                # Around damage, a hole is a picture that was lost, not one that stays long.
+                hole = until - shown.time_s > 1.5 / self.info.fps
+                lost = hole and picture is not None and picture.after_damage
                 full = batcher.add(shown.frame, shown.time_s - start, shown.corrupt or lost)
                 i += 1
                 if full:
