@@ -52,8 +52,8 @@ class Embedder(Protocol):
         weights: hub id or folder and revision, as it is stored beside the vectors.
         fingerprint: hash of the weights' bytes.
         random: the weights are random.
-        batch_size: clips per call; smaller batches are padded to it, so that results do not depend on
-            how clips were grouped.
+        batch_size: clips worth giving to one call. Any number may be given: vectors do not depend on how
+            clips were grouped.
     """
 
     # Properties: read only, so that a frozen dataclass with a narrower type is one too.
