@@ -178,11 +178,11 @@ def test_separated_groups_become_skills_largest_first(tmp_path: Path) -> None:
 
 
 def test_order_and_parts_of_the_run_do_not_matter(tmp_path: Path) -> None:
-    x = np.random.default_rng(0).normal(size=(150, 10)).astype(np.float32)
-    labels = [["a", "b", None][i % 3] for i in range(150)]
+    x = np.random.default_rng(0).normal(size=(90, 10)).astype(np.float32)
+    labels = [["a", "b", None][i % 3] for i in range(90)]
     bodies, tables = [], []
     for run_index, n_parts in enumerate((1, 4, 7)):
-        order = np.random.default_rng(run_index).permutation(150).tolist()
+        order = np.random.default_rng(run_index).permutation(90).tolist()
         run = make_run(tmp_path / str(run_index), {"clip": x}, labels, order=order, n_parts=n_parts)
         bodies.append(cluster(run, skills(k=7, projections=["tsne"]), seed=3))
         tables.append([pq.read_table(run.path / "skills" / f"{n}.parquet") for n in ("assignment", "table")])
