@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,7 +186,7 @@ EXECUTION_KEYS = ("run_dir", "workers", "decode.timeout_s")
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of a configuration, ready for YAML or JSON."""
-    return typing.cast(dict[str, Any], _plain(asdict(config)))
+    return typing.cast(dict[str, Any], _plain(ADAPTER.dump_python(config)))
 
 
 def _plain(value: Any) -> Any:

@@ -87,4 +87,7 @@ def display() -> Iterator[tuple[Show, Tell]]:
             sys.stderr.write(line(progress) + "\n")
             sys.stderr.flush()
 
-    yield show, lambda text: sys.stderr.write(text + "\n") and None
+    def tell(text: str) -> None:
+        sys.stderr.write(text + "\n")
+
+    yield show, tell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -136,7 +136,8 @@ def _take(
 ) -> None:
     """One event of the pool into the unit that it is about."""
     if event.kind == "item":
-        meter.seconds.update(event.value.seconds)
+        for stage, seconds in event.value.seconds.items():
+            meter.seconds[stage] += seconds
         clip = unit.add(event.value, list(batches))
         meter.clip(clip.row)
         for name, prepared in event.value.prepared.items():
@@ -263,7 +264,7 @@ class Committer:
             }
             began = time.perf_counter()
             self._run.commit([u.unit.unit_id for u in units], tables(units, self._schemas), info)
-            self._meter.seconds["write"] += time.perf_counter() - began  # type: ignore[assignment]
+            self._meter.seconds["write"] += time.perf_counter() - began
 
 
 class Meter:
@@ -273,7 +274,7 @@ class Meter:
         self._run, self._show = run_dir, show
         self.total = sum(len(unit.clips) for unit in units)
         self._before = sum(len(unit.clips) for unit in units if unit.unit_id in committed)
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._clips = self._kept = 0
         self._video_s = 0.0
         self._began = self._shown = self._written = time.monotonic()

@@ -136,7 +136,7 @@ class Hand:
     side: Side  # the person's own left or right
     score: float  # of the side, 0..1
     box: np.ndarray  # float32 [4]: x_min, y_min, x_max, y_max
-    landmarks: np.ndarray  # float32 [21, 3]: x, y shares of the frame (may lie just outside), z from the wrist
+    landmarks: np.ndarray  # float32 [21, 3]: shares of the frame (may lie just outside), z from the wrist
     world: np.ndarray  # float32 [21, 3]: metres, origin at the hand's centre
 
 

@@ -28,9 +28,11 @@ from ego2robot.errors import UserError
 from ego2robot.export import lerobot, stats, video
 from ego2robot.export.files import Limits
 from ego2robot.export.lerobot import ACTION, STATE, VIDEO_KEY, export_lerobot
-from ego2robot.jobs.plan import clips_of, identity, units_of, units_table
+from ego2robot.jobs.plan import clips_of, units_of
+from ego2robot.sources.base import identity
 from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir
+from ego2robot.store.units import units_table
 from ego2robot.types import Blob, Clip, FrameSpec, Unit, Video
 from tests.footage import frame_number, write_video
 

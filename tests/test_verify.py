@@ -7,11 +7,12 @@ import pyarrow as pa
 import pytest
 
 from ego2robot import config
-from ego2robot.jobs.plan import clips_of, units_of, units_table
+from ego2robot.jobs.plan import clips_of, units_of
 from ego2robot.jobs.status import status
 from ego2robot.jobs.verify import verify
 from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir
+from ego2robot.store.units import units_table
 from ego2robot.types import Blob, Video, VideoInfo
 
 INFO = VideoInfo(640, 360, 0, 30.0, 21.0, 0.0, 630, "h264", "yuv420p", 8)

@@ -31,10 +31,11 @@ from ego2robot.errors import UserError, VideoError
 from ego2robot.export import stats, video
 from ego2robot.export.card import Facts, card, license_of
 from ego2robot.export.files import Limits, Place, TableFiles
-from ego2robot.jobs.plan import identity, units_from_table
+from ego2robot.sources.base import identity
 from ego2robot.stages import tracks
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
+from ego2robot.store.units import units_from_table
 from ego2robot.types import SIDES, Clip, ClipFrames, FrameSpec, Hand, Video
 
 Schema = Literal["hands", "reference"]

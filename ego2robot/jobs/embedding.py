@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +90,7 @@ class PendingUnit:
 class Batches:
     """Waiting pictures of one embedder; full batches are embedded at once."""
 
-    def __init__(self, embedder: Embedder, labels: PromptLabels | None, seconds: Counter[str]) -> None:
+    def __init__(self, embedder: Embedder, labels: PromptLabels | None, seconds: dict[str, float]) -> None:
         self._embedder, self._labels, self._seconds = embedder, labels, seconds
         self._waiting: list[tuple[PendingClip, np.ndarray]] = []
         self._finite = 0
@@ -139,7 +138,7 @@ class Batches:
                 clip.vectors[self.name] = single[0].numpy()
                 if self._labels:
                     self._add_labels(clip, single)
-        self._seconds[self.name] += time.perf_counter() - began  # type: ignore[assignment]
+        self._seconds[self.name] += time.perf_counter() - began
 
     def _embed(self, waiting: Sequence[tuple[PendingClip, np.ndarray]]) -> torch.Tensor | None:
         batch = torch.from_numpy(np.stack([prepared for _, prepared in waiting]))

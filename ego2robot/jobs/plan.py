@@ -6,13 +6,11 @@ lies and whatever it is called.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -20,31 +18,15 @@ from ego2robot import config, decode
 from ego2robot.errors import UserError, VideoError
 from ego2robot.jobs.pool import Pool
 from ego2robot.sources import SOURCES, Candidate
+from ego2robot.sources.base import identity
 from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir
-from ego2robot.types import Blob, Clip, Unit, Video, VideoInfo, clip_id, short_id
+from ego2robot.store.units import units_from_table, units_table
+from ego2robot.types import Clip, Unit, Video, VideoInfo, clip_id, short_id
 
 UNIT_SPAN_S = 300.0  # a unit covers at most so much of a video: bounds what a crash can lose
-SAMPLED_BLOCKS, BLOCK = 16, 1 << 16
 # Seconds of one CPU core per million decoded pixels, for ordering and ETA only; the run corrects it.
 DECODE_COST = {"h264": 0.0022, "hevc": 0.0026, "vp9": 0.0022, "av1": 0.0030}
-
-
-def identity(blob: Blob) -> str:
-    """16 hex digits that name the bytes: their number, and 16 blocks of 64 KiB spread over them.
-
-    Small files are read whole. Raises OSError when the file cannot be read.
-    """
-    digest = hashlib.blake2b(str(blob.size).encode(), digest_size=8)
-    with Path(blob.path).open("rb") as file:
-        if blob.size <= SAMPLED_BLOCKS * BLOCK:
-            file.seek(blob.offset)
-            digest.update(file.read(blob.size))
-        else:
-            for i in range(SAMPLED_BLOCKS):
-                file.seek(blob.offset + (blob.size - BLOCK) * i // (SAMPLED_BLOCKS - 1))
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()
 
 
 def clips_of(video_id: str, info: VideoInfo, clips: config.Clips) -> list[Clip]:
@@ -146,7 +128,7 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None) -> Planned:
             problems.append(VideoError(event.task.name, f"reading its headers: {event.value}", "", kind))
         if progress:
             progress(len(videos) + len(problems))
-    units: list[Unit] = []
+    units = []
     n_videos = 0
     first_name: dict[str, str] = {}
     for video in sorted(videos, key=lambda v: v.name):
@@ -193,73 +175,6 @@ def _too_short(video: Video, clips: config.Clips) -> VideoError:
         "lower clips.min_frames to use it",
         "too_short",
     )
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def units_table(units: Sequence[Unit]) -> pa.Table:
-    """Units as rows of ``schema.UNITS``."""
-    rows = []
-    for unit in units:
-        video, info = unit.video, unit.video.info
-        assert info is not None
-        rows.append(
-            {
-                "unit_id": unit.unit_id,
-                "video_id": video.video_id,
-                "name": video.name,
-                "source": video.source,
-                "path": video.blob.path,
-                "offset": video.blob.offset,
-                "size": video.blob.size,
-                "whole_file": video.blob.whole_file,
-                "width": info.width,
-                "height": info.height,
-                "rotation": info.rotation,
-                "fps": info.fps,
-                "duration_s": info.duration_s,
-                "video_start_s": info.start_s,
-                "n_frames": info.n_frames,
-                "codec": info.codec,
-                "pix_fmt": info.pix_fmt,
-                "bit_depth": info.bit_depth,
-                "first": [c.first for c in unit.clips],
-                "length": [c.n_frames for c in unit.clips],
-                "sample_fps": unit.clips[0].sample_fps,
-                "cost_s": unit.cost_s,
-                "meta": list(video.meta.items()),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=schema.UNITS)
-
-
-def units_from_table(table: pa.Table) -> list[Unit]:
-    """The units of a stored plan, see :func:`units_table`."""
-    return [_unit(row) for batch in table.to_batches(1024) for row in batch.to_pylist()]
-
-
-def _unit(row: dict[str, Any]) -> Unit:
-    info = VideoInfo(
-        width=row["width"],
-        height=row["height"],
-        rotation=row["rotation"],
-        fps=row["fps"],
-        duration_s=row["duration_s"],
-        start_s=row["video_start_s"],
-        n_frames=row["n_frames"],
-        codec=row["codec"],
-        pix_fmt=row["pix_fmt"],
-        bit_depth=row["bit_depth"],
-    )
-    blob = Blob(row["path"], row["offset"], row["size"], row["whole_file"])
-    video = Video(row["video_id"], row["name"], row["source"], blob, dict(row["meta"]), info)
-    fps = row["sample_fps"]
-    clips = tuple(
-        Clip(clip_id(video.video_id, first, n, fps), video.video_id, first, n, fps)
-        for first, n in zip(row["first"], row["length"], strict=True)
-    )
-    return Unit(row["unit_id"], video, clips, row["cost_s"])
 
 
 Refusal = tuple[str | None, str | None, str, VideoError, int]  # unit, video, stage, error, attempts

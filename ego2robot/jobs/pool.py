@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -62,7 +62,7 @@ class Pool:
         self._events: queue.Queue[Event | BaseException | None] = queue.Queue(maxsize=max(1, backlog))
         self._stop = threading.Event()
 
-    def run(self, tasks: Iterable[Any]) -> Iterator[Event]:
+    def run(self, tasks: Iterable[Any]) -> Generator[Event, None, None]:
         """Yields the events of all tasks, those of different tasks interleaved.
 
         Closing the iterator, or an exception in its consumer, ends the children at once.

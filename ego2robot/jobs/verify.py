@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
-from ego2robot.jobs.plan import units_from_table
 from ego2robot.stages import hand_motion
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
+from ego2robot.store.units import units_from_table
 
 
 @dataclass(frozen=True)

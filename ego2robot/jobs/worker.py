@@ -7,7 +7,7 @@ small pictures that the embedders want. Frames stay here; only rows and those pi
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,16 +69,17 @@ class Stopwatch:
     """Seconds by stage: each ``lap(stage)`` adds the time since the last one."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.seconds[stage] += now - self._last  # type: ignore[assignment]
+        self.seconds[stage] += now - self._last
         self._last = now
 
     def take(self) -> dict[str, float]:
-        seconds, self.seconds = dict(self.seconds), Counter()
+        seconds = dict(self.seconds)
+        self.seconds.clear()
         return seconds
 
 

@@ -39,7 +39,8 @@ class Gate:
 
 
 def needs_calibration(gate: config.Gate) -> bool:
-    return isinstance(gate.min_motion, config.Quantile) or isinstance(gate.min_hand_visibility, config.Quantile)
+    thresholds = (gate.min_motion, gate.min_hand_visibility)
+    return any(isinstance(threshold, config.Quantile) for threshold in thresholds)
 
 
 def resolve(gate: config.Gate, motion: Sequence[float] = (), visibility: Sequence[float] = ()) -> Gate:
@@ -52,8 +53,8 @@ def resolve(gate: config.Gate, motion: Sequence[float] = (), visibility: Sequenc
         if not isinstance(wanted, config.Quantile):
             return wanted
         values = np.asarray(scores, np.float32)
-        # `lower` takes a value that occurs, so that ties and float32 rounding fall on the kept side.
-        return float(np.quantile(values, wanted.quantile, method="lower")) if len(values) else 0.0
+        # `higher` takes a value that occurs, so that ties and float32 rounding fall on the kept side.
+        return float(np.quantile(values, wanted.quantile, method="higher")) if len(values) else 0.0
 
     calibrated_on = len(motion) if needs_calibration(gate) else 0
     return Gate(

@@ -46,7 +46,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    write(path, lambda file: file.write(data) and None)
+    def fill(file: BinaryIO) -> None:
+        file.write(data)
+
+    write(path, fill)
 
 
 def write_text(path: Path, text: str) -> None:

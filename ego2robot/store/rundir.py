@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,9 @@ class RunDir:
                     "rows": table.num_rows,
                     "sha256": atomic.sha256(self.path / relative),
                 }
-        body = {"part": part, "units": list(units), "files": files, "info": dict(info or {})}
-        atomic.write_json(self.path / "ledger" / f"{part}.json", body)
-        return Record(part, tuple(units), files, body["info"])
+        record = Record(part, tuple(units), files, dict(info or {}))
+        atomic.write_json(self.path / "ledger" / f"{part}.json", asdict(record))
+        return record
 
     def records(self) -> Iterator[Record]:
         """Every commit, in file order."""
