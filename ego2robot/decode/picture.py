@@ -15,6 +15,8 @@ from ego2robot.types import FrameSpec, VideoInfo
 BATCH = 16
 # Box average when shrinking (bilinear when enlarging), rounded exactly, chroma at full resolution.
 QUALITY = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# Scaled to planes: swscale writes those with SIMD, packed RGB of this quality without (half as fast).
+GBR = (1, 2, 0)
 
 
 class Scaler:
@@ -35,12 +37,12 @@ class Scaler:
         """Draws ``picture`` into ``frame_HWC`` (uint8 RGB [spec.height, spec.width, 3], black before)."""
         width, height = self._size
         small = self._reformatter.reformat(
-            picture, width=width, height=height, format="rgb24", interpolation=QUALITY, threads=1
+            picture, width=width, height=height, format="gbrp", interpolation=QUALITY, threads=1
         )
-        plane = small.planes[0]
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width]
-        rgb_HWC = np.rot90(rows.reshape(height, width, 3), -self._turns)
-        frame_HWC[self.top : self.top + self.height, self.left : self.left + self.width] = rgb_HWC
+        inside_HWC = frame_HWC[self.top : self.top + self.height, self.left : self.left + self.width]
+        for plane, channel in zip(small.planes, GBR, strict=True):
+            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+            inside_HWC[..., channel] = np.rot90(rows[:height, :width], -self._turns)
 
 
 class Batcher:
