@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -478,3 +481,25 @@ def test_clips_out_of_order_are_a_mistake(long: dict[str, Path]) -> None:
     blob = blob_of(long["mp4"])
     with pytest.raises(ValueError, match="ascending"):
         list(read_clips("a", blob, probe("a", blob), clips_at((6, 6), (0, 6)), SMALL, PYAV, "cpu"))
+
+
+def test_torchcodec_needs_no_ffmpeg_of_the_system(tmp_path: Path) -> None:
+    """In a process of its own: beside PyAV's wheel it works, whatever is installed."""
+    if importlib.util.find_spec("torchcodec") is None:
+        pytest.skip("torchcodec is not installed")
+    path = write_video(tmp_path / "a.mp4", 6, 160, 90)
+    code = (
+        "import sys, av\n"
+        "from ego2robot.decode.ffmpeg_names import share_pyav_ffmpeg\n"
+        "if not share_pyav_ffmpeg(): sys.exit('no wheel')\n"
+        "from torchcodec.decoders import VideoDecoder\n"
+        "decoder = VideoDecoder(sys.argv[1])\n"
+        "frames = [frame.to_ndarray(format='rgb24') for frame in av.open(sys.argv[1]).decode(video=0)]\n"
+        "assert abs(decoder[3].permute(1, 2, 0).numpy().astype(int) - frames[3]).mean() < 5\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
+    if "no wheel" in done.stderr:
+        pytest.skip("PyAV was not installed from a Linux wheel")
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Decoding with torchcodec. It needs FFmpeg's shared libraries, which its wheel does not bring.
+"""Decoding with torchcodec. Its wheel brings no FFmpeg: it takes the system's, else PyAV's.
 
 Frames come at full size and are scaled like everyone else's. The whole file is indexed first, because
 only that finds the right frame at a variable rate. torchcodec does not report damage that the decoder
@@ -8,6 +8,7 @@ concealed: only frames that it fails on are marked.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 from collections.abc import Iterator
 from functools import cache
@@ -17,6 +18,7 @@ import av
 import numpy as np
 
 from ego2robot.decode.base import FrameBatch
+from ego2robot.decode.ffmpeg_names import share_pyav_ffmpeg
 from ego2robot.decode.picture import Batcher
 from ego2robot.decode.pyav import EPSILON_S, container_of, locator
 from ego2robot.errors import VideoError
@@ -31,12 +33,21 @@ def _missing() -> str | None:
         importlib.metadata.version("torchcodec")
     except importlib.metadata.PackageNotFoundError:
         return "not installed: pip install torchcodec"
+    trouble = _loading_fails()
+    if trouble and "libav" in trouble and share_pyav_ffmpeg():
+        trouble = _loading_fails()
+    if trouble is None:
+        return None
+    if "libav" in trouble:
+        return "finds no FFmpeg libraries (versions 4 to 8): apt install ffmpeg"
+    return f"does not load beside this torch ({trouble.splitlines()[0]})"
+
+
+def _loading_fails() -> str | None:
     try:
-        import torchcodec.decoders  # noqa: F401
+        importlib.import_module("torchcodec.decoders")
     except (ImportError, OSError, RuntimeError) as error:
-        if "libav" in str(error):
-            return "finds no FFmpeg libraries (versions 4 to 8): apt install ffmpeg"
-        return f"does not load beside this torch ({str(error).strip().splitlines()[0]})"
+        return str(error).strip() or type(error).__name__
     return None
 
 
