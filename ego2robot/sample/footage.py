@@ -81,7 +81,7 @@ class Footage:
         n = len(self.videos)
         return (
             f"{n} video{'s' if n > 1 else ''}, {self.duration_s / 60:.1f} min, {self.bytes / 1e6:.0f} MB "
-            f"({self.unique_s:.0f} s of different pictures, repeated), truth beside each, in {self.videos[0].parent}"
+            f"({self.unique_s:.0f} s of different pictures), truth beside each, in {self.videos[0].parent}"
         )
 
 
@@ -299,7 +299,8 @@ def _join(
     aside = path.with_name(f"{atomic.TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
     try:
         with av.open(first.path) as source, av.open(str(aside), "w", format="mp4") as container:
-            stream = container.add_stream_from_template(source.streams.video[0])
+            # Opaque: FFmpeg's AV1 decoder has another name than its encoder, and neither is opened.
+            stream = container.add_stream_from_template(source.streams.video[0], opaque=True)
             stream.time_base = base
             start = 0
             for span in plan:

@@ -64,7 +64,7 @@ class GateScore:
             f"gate against truth: precision {precision}, recall {recall} on {scored} clips "
             f"({self.true_positive} rightly kept, {self.false_positive} wrongly kept, "
             f"{self.true_negative} rightly dropped, {self.false_negative} wrongly dropped); left out: "
-            f"{self.mixed} clips that are 25 to 75 % manipulating ({self.mixed_kept} kept), {self.failed} failed"
+            f"{self.mixed} clips 25 to 75 % manipulating ({self.mixed_kept} kept), {self.failed} failed"
         )
 
 
