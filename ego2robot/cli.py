@@ -126,8 +126,7 @@ def cluster(run: RunArg, overrides: Overrides = None) -> None:
             raise UserError(f"{item!r}: only skills.* and seed can change here; the rest is the run's own")
     cfg = config.build(config.apply(config.to_dict(opened.config), overrides or ()), "command line")
     with display() as (show, _):
-        show(Progress("clustering"))
-        found = find_skills(opened, cfg.skills, cfg.seed)
+        found = find_skills(opened, cfg.skills, cfg.seed, lambda step: show(Progress(f"clustering: {step}")))
     for skill in found["skills"]:
         print(f"skill {skill['skill']:>3}  {skill['n']:>6} clips  {skill['name']}")
     score = found["silhouette"]
@@ -182,8 +181,7 @@ def report(
 
     opened = RunDir.open(run)
     with display() as (show, _):
-        show(Progress("reporting"))
-        path = write_report(opened, out)
+        path = write_report(opened, out, lambda done, total: show(Progress("reporting", done, total)))
     print(path)
 
 

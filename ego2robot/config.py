@@ -345,6 +345,25 @@ def _explain(error: ValidationError, tree: Mapping[str, Any], origin: str) -> li
     return list(lines.values())
 
 
+def check_together(cfg: Config) -> None:
+    """Refuses settings that are right alone and wrong together. Raises UserError."""
+    if not cfg.run_dir:
+        raise UserError("run_dir is not set; add run_dir=runs/NAME")
+    made = {
+        "videomae": cfg.embed.videomae.weights != "none",
+        "clip": cfg.embed.clip.weights != "none",
+        "hand_motion": cfg.embed.hand_motion and cfg.hands.detector != "none",
+    }
+    wanted = cfg.skills.embedding
+    if wanted != "auto" and not made[wanted]:
+        raise UserError(
+            f"skills.embedding={wanted}: this recipe makes no such embedding "
+            f"(it makes: {', '.join(name for name in made if made[name]) or 'none'})"
+        )
+    if cfg.hands.detector == "none" and isinstance(cfg.gate.min_hand_visibility, Quantile):
+        raise UserError("gate.min_hand_visibility is a quantile, but hands.detector=none looks for no hands")
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key: old → new`` for every key that decides what comes out and differs."""
     a, b = flatten(old), flatten(new)

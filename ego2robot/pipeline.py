@@ -57,8 +57,7 @@ def run(cfg: config.Config, show: Show = lambda _: None, tell: Tell = lambda _: 
         UserError: nothing can be done with this configuration; says why and what to do.
         KeyboardInterrupt: after everything that was complete is committed.
     """
-    if not cfg.run_dir:
-        raise UserError("run_dir is not set; add run_dir=runs/NAME")
+    config.check_together(cfg)
     device = _device(cfg.device)
     embedders, labels = load_embedders(cfg, device, tell)
     run_dir = RunDir.create_or_resume(cfg.run_dir, cfg, fingerprint(cfg, embedders))
@@ -74,7 +73,8 @@ def run(cfg: config.Config, show: Show = lambda _: None, tell: Tell = lambda _: 
 
     warnings: list[str] = []
     show(Progress("clustering"))
-    warnings += cluster(run_dir, cfg.skills, cfg.seed)["warnings"]
+    found = cluster(run_dir, cfg.skills, cfg.seed, lambda step: show(Progress(f"clustering: {step}")))
+    warnings += found["warnings"]
     exported = None
     if cfg.export.enabled:
         out = Path(cfg.export.path) if cfg.export.path else run_dir.path / "dataset"
@@ -88,7 +88,7 @@ def run(cfg: config.Config, show: Show = lambda _: None, tell: Tell = lambda _: 
         )
         warnings += exported.warnings
     show(Progress("reporting"))
-    page = write_report(run_dir)
+    page = write_report(run_dir, progress=lambda done, total: show(Progress("reporting", done, total)))
     return Outcome(run_dir, exported, page, tuple(warnings))
 
 

@@ -84,6 +84,19 @@ def test_a_configuration_survives_yaml(recipe):
     assert again == cfg
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["skills.embedding=videomae", "embed.videomae.weights=none"], "makes no such embedding"),
+        (["skills.embedding=hand_motion", "hands.detector=none"], "makes no such embedding"),
+        (["hands.detector=none", "gate.min_hand_visibility.quantile=0.5"], "looks for no hands"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(recipe, overrides, says):
+    with pytest.raises(UserError, match=says):
+        config.check_together(config.load(recipe, ["run_dir=r", *overrides]))
+
+
 def test_differences_ignore_only_what_cannot_change_rows(recipe):
     old = config.to_dict(config.load(recipe, ["workers=1", "run_dir=a"]))
     new = config.to_dict(config.load(recipe, ["workers=8", "run_dir=b"]))
