@@ -10,21 +10,14 @@ reached (1 is scikit-learn's).
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from common import RESULTS, write_result
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
@@ -70,20 +63,6 @@ def inertia(x_ND: np.ndarray, centroids_KD: np.ndarray) -> float:
     return float(faiss.knn(x_ND, np.ascontiguousarray(centroids_KD), 1)[0].sum(dtype=np.float64))
 
 
-def machine() -> dict[str, Any]:
-    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": model[1].strip() if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "faiss-cpu", "scikit-learn", "numpy")},
-        "commit": commit.stdout.strip() or None,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=20_000)
@@ -92,7 +71,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
@@ -130,20 +109,15 @@ def main() -> None:
         }
         for name in runs
     }
-    about = machine()
     body = {
-        "question": __doc__.splitlines()[0],
-        "machine": about,
         "rows": args.rows,
         "dim": args.dim,
         "k": args.k,
         "start_in_iterations_of_torch": round(start_s / (min(cpu["torch"]) / args.iterations), 2),
         "results": results,
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['cores']} cores".lower()).strip("-")
-    path = args.out / f"{datetime.date.today().isoformat()}-{slug}-kmeans.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    packages = ("torch", "faiss-cpu", "scikit-learn", "numpy")
+    path = write_result("kmeans", __doc__, body, packages, args.out)
     for name, row in results.items():
         speed = f"{row['speed']:6.2f} x (by CPU time {row['speed_by_cpu_time']:.2f} x)"
         print(f"{name:18} {speed}, inertia {row['inertia']:.5f}, {row['iterations']} iterations")

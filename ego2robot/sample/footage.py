@@ -96,6 +96,7 @@ def make_footage(
     height: int = 1080,
     fps: int = 30,
     videos: int = 1,
+    video_minutes: float = MAX_VIDEO_MINUTES,
     progress: Callable[[float], None] | None = None,
 ) -> Footage:
     """Writes ``ego_000.mp4``, ``ego_000.json`` … into the folder ``out``; files of that name are replaced.
@@ -108,7 +109,8 @@ def make_footage(
         bframes: between two other frames, 0 to 16; H.264 and HEVC only.
         width, height: even, pixels; between 0.9 and 2.4 times as wide as high.
         fps: whole frames/s, 5 to 120.
-        videos: at least so many files of equal length; none is longer than 20 minutes.
+        videos: at least so many files of equal length.
+        video_minutes: no file is longer.
         progress: is told the share that is done, 0 to 1.
 
     Raises:
@@ -118,7 +120,7 @@ def make_footage(
     n_frames = gop * -(-round(SEGMENT_S * fps) // gop)
     seconds = n_frames / fps
     total = max(1, round(60 * minutes / seconds))
-    videos = min(total, max(videos, -(-total // int(60 * MAX_VIDEO_MINUTES / seconds))))
+    videos = min(total, max(videos, -(-total // max(1, int(60 * video_minutes / seconds)))))
     variants = next(count for limit, count in VARIANTS if minutes <= limit)
     lengths = [total // videos + (index < total % videos) for index in range(videos)]
     plans = [list(_plan(index, length, seconds, seed, variants)) for index, length in enumerate(lengths)]
