@@ -211,9 +211,9 @@ def assembling(take: Loop, t: float) -> Scene:
     left = _hold("left", -gap, y, 0.42 - 0.10 * apart, twist=0.20 + twist, lift=0.08, thumb=0.5)
     inner = gap - 0.09
     things: list[Shape] = [
-        Cone((-gap, y - 0.02, 0.02), (-inner, y - 0.05, 0.02), 0.034, 0.034, BLUE, (44, 78, 140)),
+        Cone((-gap, y - 0.02, -0.01), (-inner, y - 0.05, 0.01), 0.034, 0.034, BLUE, (44, 78, 140), 0.7),
         Cone((-inner, y - 0.05, 0.02), (-inner + 0.02, y - 0.055, 0.02), 0.018, 0.018, STEEL, STEEL),
-        Cone((gap, y - 0.02, 0.02), (inner, y - 0.05, 0.02), 0.038, 0.038, YELLOW, (196, 146, 40)),
+        Cone((gap, y - 0.02, -0.01), (inner, y - 0.05, 0.01), 0.038, 0.038, YELLOW, (196, 146, 40), 0.7),
     ]
     return [right, left], things
 
@@ -222,7 +222,7 @@ def lever_pressing(take: Loop, t: float) -> Scene:
     """The left hand pulls the lever of a press down and lets it rise again."""
     pull = 0.5 - 0.5 * math.cos(2 * math.pi * take.cycles(0.75) * t)
     x, y = -0.20 + 0.05 * pull, 0.30 + 0.17 * pull
-    hand = _hold("left", x, y, 0.32, twist=0.02 - 0.06 * pull, lift=0.07, pitch=0.18, thumb=0.35)
+    hand = _hold("left", x, y, 0.32, twist=0.02 - 0.06 * pull, lift=0.07, pitch=0.18, thumb=0.2, roll=-0.1)
     dark: RGB = (74, 82, 92)
     things: list[Shape] = [
         Slab((0.0, 0.27, 0.0), 0.085, 0.11, 0.0, 0.05, 0.015, (70, 112, 92)),
