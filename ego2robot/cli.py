@@ -276,10 +276,12 @@ def models_pull(
         Path | None, typer.Option(help="A mediapipe 0.10.21 wheel that is already here.")
     ] = None,
 ) -> None:
-    """Fetch MediaPipe's hand models from its wheel into the cache, checked by their checksums."""
+    """Fetch MediaPipe's hand models from its wheel into the cache, check them, and start the detector once."""
     from ego2robot import models
+    from ego2robot.stages.hands import MediaPipeHands
 
     print(models.pull(wheel=wheel))
+    MediaPipeHands().close()  # says what the machine lacks, if anything
 
 
 @app.command()

@@ -46,7 +46,7 @@ def new_run(path, *overrides):
 def test_a_run_resumes_with_the_same_configuration_and_refuses_another(tmp_path):
     new_run(tmp_path / "r", "source.path=x")
     new_run(tmp_path / "r", "source.path=x", "workers=7")
-    with pytest.raises(UserError, match=r"clips.stride_s: 30.0 → 5.0"):
+    with pytest.raises(UserError, match=r"clips.stride_s: 6.0 → 5.0"):
         new_run(tmp_path / "r", "source.path=x", "clips.stride_s=5")
     other = {**PRINT, "videomae": {"sha256": "b"}}
     with pytest.raises(UserError, match="videomae"):
