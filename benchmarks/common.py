@@ -33,7 +33,7 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
 def write_result(
     name: str, question: str | None, body: Mapping[str, Any], packages: Sequence[str], folder: Path = RESULTS
 ) -> Path:
-    """Writes ``<date>-<machine>-<name>.json`` with the question (first line of a docstring) and the figures."""
+    """Writes ``<date>-<machine>-<name>.json``: the question (a docstring's first line) and the figures."""
     about = machine(packages)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['cores']} cores".lower()).strip("-")
     path = folder / f"{datetime.date.today().isoformat()}-{slug}-{name}.json"

@@ -276,7 +276,7 @@ def models_pull(
         Path | None, typer.Option(help="A mediapipe 0.10.21 wheel that is already here.")
     ] = None,
 ) -> None:
-    """Fetch MediaPipe's hand models from its wheel into the cache, check them, and start the detector once."""
+    """Fetch MediaPipe's hand models from its wheel, check them, and start the detector once."""
     from ego2robot import models
     from ego2robot.stages.hands import MediaPipeHands
 

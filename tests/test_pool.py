@@ -68,9 +68,7 @@ def test_stopping_early_ends_the_children(tmp_path):
     with closing(pool.run([("large", 10**6), ("hang", 1)])) as events:
         next(events)
         children = psutil.Process().children()
-    _, alive = psutil.wait_procs(
-        [c for c in children if "spawn_main" in " ".join(_cmdline(c))], timeout=10
-    )
+    _, alive = psutil.wait_procs([c for c in children if "spawn_main" in " ".join(_cmdline(c))], timeout=10)
     assert not alive
 
 
