@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import torch
 
+from ego2robot import models
+from ego2robot.errors import UserError
 from ego2robot.stages import tracks
-from ego2robot.types import Hand, Side
+from ego2robot.stages.one_euro import OneEuro
+from ego2robot.types import SIDES, Hand, Side
+from tests.trajectories import Scene, at_work
+
+SAMPLES = Path(__file__).parents[1].parent / "shared" / "samples"
 
 OTHER: dict[Side, Side] = {"left": "right", "right": "left"}
 
@@ -166,3 +176,248 @@ def test_reference_action_is_the_first_wrists_way() -> None:
     np.testing.assert_allclose(action, expected, atol=1e-6)
     one = tracks.reference_action(hands[:1], 1)
     np.testing.assert_array_equal(one, [[0, 0]])
+
+
+# --- identity against known trajectories --------------------------------------------------------------------
+
+
+def right_identities(scene: Scene, followed: tracks.Followed) -> tuple[int, int, int]:
+    """Of the true hands: dealt to their own side, to the other, and left out."""
+    whose = {id(hand): side for hand, side in zip(scene.hands, scene.whose, strict=True)}
+    right = sum(whose[id(hand)] == side for side in SIDES for hand in followed.dealt[side])
+    dealt = sum(whose[id(hand)] is not None for side in SIDES for hand in followed.dealt[side])
+    lost = sum(whose[id(one.hand)] is not None for one in followed.rejected)
+    return right, dealt - right, lost
+
+
+@pytest.mark.parametrize(
+    ("flips", "drops", "ghosts"), [(0, 0, 0), (0.05, 0.1, 0), (0.05, 0.1, 0.05), (0.15, 0.1, 0.1)]
+)
+def test_hands_that_cross_come_and_go_keep_their_identity(flips: float, drops: float, ghosts: float) -> None:
+    total = np.zeros(3)
+    for seed in range(25):
+        scene = at_work(seed, flips=flips, drops=drops, ghosts=ghosts)
+        total += right_identities(scene, tracks.follow(scene.hands, scene.n_frames))
+    assert total[0] / total.sum() >= 0.99
+
+
+def test_most_of_what_is_no_hand_is_left_out_and_every_detection_is_accounted_for() -> None:
+    kept = left_out = 0
+    for seed in range(25):
+        scene = at_work(seed, ghosts=0.1)
+        followed = tracks.follow(scene.hands, scene.n_frames)
+        dealt = [hand for side in SIDES for hand in followed.dealt[side]]
+        out = [one.hand for one in followed.rejected]
+        assert sorted(map(id, dealt + out)) == sorted(map(id, scene.hands))
+        assert [hand.frame for hand in out] == sorted(hand.frame for hand in out)
+        ghosts = {id(h) for h, side in zip(scene.hands, scene.whose, strict=True) if side is None}
+        kept += sum(id(hand) in ghosts for hand in dealt)
+        left_out += sum(id(hand) in ghosts for hand in out)
+    assert left_out / (kept + left_out) >= 0.75
+
+
+def test_a_long_clip_is_followed_as_well() -> None:
+    scene = at_work(1, n_frames=600)
+    right, wrong, lost = right_identities(scene, tracks.follow(scene.hands, scene.n_frames))
+    assert right / (right + wrong + lost) >= 0.99
+
+
+# --- plausibility -------------------------------------------------------------------------------------------
+
+
+def reasons(hands: list[Hand], n: int, **options: object) -> list[tuple[int, str]]:
+    return [(one.hand.frame, one.reason) for one in tracks.follow(hands, n, **options).rejected]  # type: ignore[arg-type]
+
+
+def test_a_detection_alone_is_a_ghost_and_two_in_a_row_are_a_hand() -> None:
+    right = [hand(t, "right", 0.7) for t in range(12)]
+    assert reasons([*right, hand(5, "left", 0.2)], 12) == [(5, "ghost")]
+    assert reasons([*right, hand(5, "left", 0.2), hand(6, "left", 0.21)], 12) == []
+    # At the ends of a clip nobody knows what came before or after.
+    assert reasons([*right, hand(0, "left", 0.2), hand(11, "left", 0.2)], 12) == []
+
+
+def test_something_that_looks_like_a_hand_now_and_then_is_none() -> None:
+    right = [hand(t, "right", 0.7) for t in range(36)]
+    gripper = [hand(t, "left", 0.2) for t in (3, 10, 17, 24, 31)]
+    assert reasons([*right, *gripper], 36) == [(h.frame, "ghost") for h in gripper]
+    # The same detections are a hand if nobody looked in between.
+    assert reasons(gripper, 36, looked=range(3, 36, 7)) == []
+
+
+def test_a_hand_does_not_jump_away_and_back() -> None:
+    hands = [hand(t, "left", 0.9 if t == 6 else 0.2) for t in range(12)]
+    assert reasons(hands, 12) == [(6, "speed")]
+    track = tracks.tracks(hands, 12)["left"]
+    assert track.interpolated.nonzero()[0].tolist() == [6]
+    np.testing.assert_allclose(track.wrist[6], [0.2, 0.5], atol=1e-6)
+
+
+def test_a_hand_does_not_grow_for_a_moment() -> None:
+    hands = [hand(t, "left", 0.15 if t == 6 else 0.2, size=0.4 if t == 6 else 0.1) for t in range(12)]
+    assert reasons(hands, 12) == [(6, "size")]
+    # A hand that comes nearer over the clip does grow.
+    assert reasons([hand(t, "left", 0.2, size=0.1 + 0.02 * t) for t in range(12)], 12) == []
+
+
+def test_two_hands_on_one_place_are_one_and_the_better_stays() -> None:
+    hands = [hand(t, "left", 0.2 + 0.01 * t) for t in range(12)]
+    doubles = [replace(hands[t], side="right", score=0.6) for t in range(4, 8)]
+    followed = tracks.follow([*doubles, *hands], 12)
+    assert [one.reason for one in followed.rejected] == ["same place"] * 4
+    assert all(one.hand.side == "right" for one in followed.rejected)
+    assert followed.tracks["left"].visible.all()
+    assert not followed.tracks["right"].visible.any()
+
+
+def test_a_third_hand_is_somebody_elses() -> None:
+    hands = two_hands(12)
+    others = [hand(t, "left", 0.45, 0.1) for t in range(3, 9)]
+    followed = tracks.follow([*others, *hands], 12)
+    assert [(one.hand.frame, one.reason) for one in followed.rejected] == [
+        (t, "third hand") for t in range(3, 9)
+    ]
+    assert followed.tracks["left"].visible.all()
+
+
+def test_how_far_a_hand_may_move_depends_on_the_time_it_had() -> None:
+    def dealt(fps: float) -> list[str]:
+        hands = [hand(t, "left", 0.8 if t == 6 else 0.2, size=0.25) for t in range(12)]
+        return [reason for _, reason in reasons(hands, 12, fps=fps)]
+
+    assert dealt(1.0) == []
+    assert dealt(6.0) == ["speed"]
+
+
+# --- from clip to clip --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [12, 20, 24, 30])
+def test_a_hand_keeps_its_side_from_clip_to_clip(offset: int) -> None:
+    """In the second clip the detector mostly calls the lone left hand right."""
+    hands = [hand(t, "left", 0.3 + 0.002 * t) for t in range(24)]
+    first = tracks.follow(hands, 24)
+    later = [hand(t, "right", 0.3 + 0.002 * (t + offset), score=0.6) for t in range(12)]
+    assert tracks.follow(later, 12).tracks["right"].visible.all()
+    second = tracks.continue_tracks(first, later, 12, offset)
+    assert second.tracks["left"].visible.all()
+    assert second.tracks["left"].visible.shape == (12,)
+    assert not second.tracks["right"].visible.any()
+
+
+def test_what_two_clips_share_they_see_alike() -> None:
+    wrong = np.zeros(2)
+    for seed in range(8):
+        scene = at_work(seed, n_frames=72, flips=0.2)
+        parts = [
+            [replace(h, frame=h.frame - start) for h in scene.hands if start <= h.frame < start + 36]
+            for start in (0, 18, 36)
+        ]
+        before = tracks.follow(parts[0], 36)
+        for part in parts[1:]:
+            after = tracks.continue_tracks(before, part, 36, 18)
+            for side in SIDES:
+                shared = {(h.frame - 18, h.landmarks.tobytes()) for h in before.dealt[side]}
+                other = {(h.frame, h.landmarks.tobytes()) for h in after.dealt[OTHER[side]]}
+                wrong += len(shared & other), len(shared)
+            before = after
+    assert wrong[0] <= 0.01 * wrong[1]
+
+
+def test_strong_evidence_overrules_the_clip_before() -> None:
+    first = tracks.follow([hand(t, "left", 0.3, score=0.55) for t in range(12)], 12)
+    later = [hand(t, "right", 0.3) for t in range(36)]
+    assert tracks.continue_tracks(first, later, 36, 12).tracks["right"].visible.all()
+    with pytest.raises(ValueError, match="3 frames before"):
+        tracks.continue_tracks(first, later, 36, -3)
+
+
+# --- smoothing ----------------------------------------------------------------------------------------------
+
+
+def test_one_euro_by_hand() -> None:
+    """The numbers of the paper's formulas, written out for three samples."""
+    filtered = OneEuro(1.0, 0.5, 2.0)(np.array([[0.0], [1.0], [1.0]]), fps=10.0)
+
+    def share(cutoff: float) -> float:
+        tau = 1 / (2 * np.pi * cutoff)
+        return 1 / (1 + tau / 0.1)
+
+    speed = share(2.0) * (1.0 / 0.1)
+    first = share(1.0 + 0.5 * speed) * 1.0
+    speed = share(2.0) * ((1.0 - first) / 0.1) + (1 - share(2.0)) * speed
+    second = first + share(1.0 + 0.5 * speed) * (1.0 - first)
+    np.testing.assert_allclose(filtered[:, 0], [0, first, second])
+
+
+def test_smoothing_calms_a_hand_at_rest_and_follows_one_that_moves() -> None:
+    rng = np.random.default_rng(0)
+    still = np.full((200, 1), 0.5) + rng.normal(0, 0.01, (200, 1))
+    one_euro = OneEuro()
+    assert np.diff(one_euro(still, 6.0, 0.1), axis=0).std() < 0.6 * np.diff(still, axis=0).std()
+    moving = np.linspace(0, 2, 60)[:, None]
+    lag = (moving - one_euro(moving, 6.0, 0.1))[30:]
+    # No more than one frame's way behind.
+    assert 0 < lag.max() < moving[1, 0]
+    for bad in ((0, 1, 1), (1, -1, 1), (1, 1, 0), (float("nan"), 1, 1)):
+        with pytest.raises(ValueError, match="cutoffs are above 0"):
+            OneEuro(*bad)
+    with pytest.raises(ValueError, match="fps and unit"):
+        one_euro(moving, 0.0)
+    assert one_euro(np.zeros((0, 4), np.float32), 6.0).shape == (0, 4)
+
+
+def test_smoothed_tracks_are_of_the_same_frames_and_raw_ones_are_the_default() -> None:
+    rng = np.random.default_rng(0)
+    seen = [t for t in range(24) if t not in (7, 15, 16, 17, 18)]
+    hands = [hand(t, "left", 0.3 + float(rng.normal(0, 0.005))) for t in seen]
+    raw, smooth = (tracks.follow(hands, 24, smooth=s).tracks["left"] for s in (None, OneEuro()))
+    np.testing.assert_array_equal(raw.wrist[seen], [h.landmarks[0, :2] for h in hands])
+    np.testing.assert_array_equal(smooth.visible, raw.visible)
+    np.testing.assert_array_equal(smooth.interpolated, raw.interpolated)
+    assert not smooth.landmarks[15:19].any()
+    # A new start where the hand was away: nothing is dragged along over the gap.
+    for first in (0, 19):
+        np.testing.assert_allclose(smooth.wrist[first], raw.wrist[first], atol=1e-6)
+    assert smooth.landmarks.dtype == np.float32
+
+    def jitter(track: tracks.Track) -> float:
+        return float(np.abs(np.diff(track.wrist[:15, 0])).mean())
+
+    assert jitter(smooth) < 0.7 * jitter(raw)
+
+
+# --- real hands ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def detected() -> Iterator[list[Hand]]:
+    """The hands of every third frame of 20 s of two hands at work, 10 frames/s."""
+    pytest.importorskip("mediapipe")
+    from ego2robot.stages.hands import MediaPipeHands
+
+    if not SAMPLES.is_dir():
+        pytest.skip("no ../shared/samples beside the project")
+    try:
+        models.hand_landmarker_path(pull_if_missing=True)
+    except UserError as error:
+        pytest.skip(f"hand models cannot be had: {error}")
+    with av.open(str(SAMPLES / "two_hands_mixer_20s.mp4")) as container:
+        frames = [f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(video=0)) if i % 3 == 0]
+    with MediaPipeHands() as detector:
+        found = detector.detect(torch.from_numpy(np.stack(frames)), np.arange(len(frames)))
+    yield [one for frame in found for one in frame]
+
+
+def test_two_hands_at_work_are_two_tracks_without_a_switch(detected: list[Hand]) -> None:
+    n = 68
+    rng = np.random.default_rng(0)
+    flipped = [relabelled(h) if rng.random() < 0.1 else h for h in detected]
+    for hands in (detected, flipped):
+        followed = tracks.follow(hands, n, fps=10 / 3, aspect=680 / 468)
+        assert len(followed.rejected) <= 0.01 * len(hands)
+        left, right = (followed.tracks[side] for side in SIDES)
+        assert left.visible.mean() > 0.95
+        assert right.visible.mean() > 0.95
+        # The wearer sits across the table, so the left hand is on the right, and so it stays.
+        assert left.wrist[left.visible, 0].min() > right.wrist[right.visible, 0].max()
