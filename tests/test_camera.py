@@ -20,6 +20,7 @@ from ego2robot.sample.scene import MARGIN, Camera, film
 from ego2robot.sample.segment import Segment, make
 from ego2robot.stages import camera, tracks
 from ego2robot.stages.motion import motion_scores
+from ego2robot.stages.one_euro import OneEuro
 from ego2robot.types import Clip, ClipFrames, Hand, Side
 
 H, W = 360, 640
@@ -336,6 +337,39 @@ def test_a_still_hand_under_a_moving_camera_does_not_act(place: Image.Image) -> 
     assert np.abs(raw).mean() > 0.004
     way = [np.linalg.norm(action.reshape(-1, 2) * (ASPECT, 1), axis=1).mean() for action in (left, raw)]
     assert way[0] <= 0.1 * way[1]
+
+
+def test_a_way_is_smoothed_over_the_still_scene_and_not_over_the_moving_picture() -> None:
+    """The camera sways, the hand rests, its detector trembles; smoothing the picture's way would add sway."""
+    rng = np.random.default_rng(0)
+    n = 60
+    sway = 0.03 * np.sin(np.arange(n) / 2)
+    path = camera.CameraPath(
+        np.stack([np.diff(sway), np.zeros(n - 1)], 1).astype(np.float32), *[np.zeros(n - 1, np.float32)] * 2,
+        np.ones(n - 1, np.float32), ASPECT,
+    )  # fmt: skip
+    rest = joints(HandPose("left", (0.8, 0.6), 0.2))
+    hands = [
+        hand_of(t, "left", rest + np.array([sway[t] * ASPECT, 0, 0]) + rng.normal(0, 0.004, (21, 3)))
+        for t in range(n)
+        if t not in (20, 21, 22, 23)
+    ]
+
+    def way(action: np.ndarray) -> float:
+        return float(np.linalg.norm(action[:, :2] * (ASPECT, 1), axis=1).mean())
+
+    raw = tracks.follow(hands, n).tracks
+    plain = camera.compensated_wrist_action(raw, path)
+    smooth = camera.compensated_wrist_action(raw, path, OneEuro())
+    assert way(smooth) < 0.6 * way(plain)
+    np.testing.assert_array_equal(smooth[19:24], 0)
+    np.testing.assert_array_equal(smooth[:, 2:], 0)
+    lagging = tracks.follow(hands, n, smooth=OneEuro()).tracks
+    assert way(camera.compensated_wrist_action(lagging, path)) > 2 * way(smooth)
+    # Nothing of a real way is lost: a hand that goes and stays arrives.
+    there = [hand_of(t, "left", rest + np.array([0.2 * min(t, 10) / 10, 0, 0])) for t in range(40)]
+    gone = camera.compensated_wrist_action(tracks.tracks(there, 40), known_path(40), OneEuro())[:-1, 0].sum()
+    assert gone * ASPECT == pytest.approx(0.2, rel=0.02)
 
 
 def hand_of(frame: int, side: Side, points: np.ndarray) -> Hand:

@@ -324,6 +324,16 @@ def test_what_two_clips_share_they_see_alike() -> None:
     assert wrong[0] <= 0.01 * wrong[1]
 
 
+def test_a_hand_that_came_late_keeps_the_side_it_was_given() -> None:
+    """It was not there before the clips part ways; what both saw of it decides."""
+    hands = [hand(t, "left" if t < 36 else "right", 0.3, score=0.6) for t in range(20, 54)]
+    before = tracks.follow([h for h in hands if h.frame < 36], 36)
+    later = [replace(h, frame=h.frame - 18) for h in hands if h.frame >= 18]
+    assert tracks.follow(later, 36).tracks["right"].visible.any()
+    after = tracks.continue_tracks(before, later, 36, 18)
+    assert after.tracks["left"].visible.nonzero()[0].tolist() == list(range(2, 36))
+
+
 def test_strong_evidence_overrules_the_clip_before() -> None:
     first = tracks.follow([hand(t, "left", 0.3, score=0.55) for t in range(12)], 12)
     later = [hand(t, "right", 0.3) for t in range(36)]

@@ -14,7 +14,8 @@ import torch
 from ego2robot_kernels.camera import CameraMotion, camera_motion, compensated_difference, small_greys
 from ego2robot_kernels.motion import SIZE, STEP
 
-from ego2robot.stages.tracks import Tracks
+from ego2robot.stages.one_euro import OneEuro
+from ego2robot.stages.tracks import RATE, Tracks
 from ego2robot.types import SIDES, ClipFrames, Hand
 
 # Below this confidence a pair of frames is taken to show no camera motion: cuts, blur, blank walls. Unrelated
@@ -147,14 +148,20 @@ def camera_scores(
     return scores
 
 
-def compensated_wrist_action(followed: Tracks, camera: CameraPath) -> np.ndarray:
+def compensated_wrist_action(
+    followed: Tracks, camera: CameraPath, smooth: OneEuro | None = None, fps: float = RATE
+) -> np.ndarray:
     """The motion of both wrists from each frame to the next less the camera's, in shares of the frame.
 
     What a wrist would have moved had it been part of the still scene is taken off.
 
     Args:
-        followed: both hands through T frames.
+        followed: both hands through T frames, not smoothed: a smoothed wrist lags behind the camera, and
+            would seem to move against it.
         camera: the T - 1 steps between those frames.
+        smooth: filter for the wrist's way over the still scene, from where a hand appears to where it
+            vanishes; speeds are in hand sizes per second. None takes wrists as they were detected.
+        fps: frames per second, for ``smooth``.
 
     Returns:
         float32 [T, 4]: left dx, dy, right dx, dy; zero where the hand is not visible in both frames. The
@@ -171,11 +178,32 @@ def compensated_wrist_action(followed: Tracks, camera: CameraPath) -> np.ndarray
     for column, side in zip((0, 2), SIDES, strict=True):
         track = followed[side]
         both = track.visible[:-1] & track.visible[1:]
-        way = track.wrist[1:] - camera.carried(track.wrist[:-1])
-        action[:-1, column : column + 2][both] = way[both]
+        way = (track.wrist[1:] - camera.carried(track.wrist[:-1])) * both[:, None]
+        if smooth is not None:
+            for first, end in _runs(both):
+                way[first:end] = _smoothed(
+                    way[first:end], track.landmarks[first : end + 1], camera, smooth, fps
+                )
+        action[:-1, column : column + 2] = way
     if n > 1:
         action[-1] = action[-2]
     return action
+
+
+def _runs(true_T: np.ndarray) -> list[tuple[int, int]]:
+    """First and end of each stretch of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], true_T, [False]]).astype(np.int8)))
+    return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
+
+
+def _smoothed(
+    way_N2: np.ndarray, landmarks: np.ndarray, camera: CameraPath, smooth: OneEuro, fps: float
+) -> np.ndarray:
+    """The steps of a smoothed way, from the steps of an unbroken one."""
+    isotropic = np.array([camera.aspect, 1.0])
+    unit = float(np.median(np.ptp(landmarks[..., :2] * isotropic, axis=1).max(1)))
+    way = np.concatenate([np.zeros((1, 2)), np.cumsum(way_N2 * isotropic, axis=0)])
+    return np.asarray(np.diff(smooth(way, fps, max(unit, 1e-6)), axis=0) / isotropic)
 
 
 def _paths(

@@ -122,7 +122,8 @@ def follow(
         fps: frames per second; how far a hand may move depends on it.
         aspect: width over height of the frame.
         smooth: filter for boxes and landmarks, from where a hand appears to where it vanishes; speeds are in
-            hand sizes per second. None leaves them as they were detected.
+            hand sizes per second. None leaves them as they were detected, which is what actions that are
+            compensated for the camera are made of.
 
     Raises:
         ValueError: a hand's frame lies outside the clip.
