@@ -1,4 +1,4 @@
-"""Model files that are fetched once and kept in a cache: today the two networks of MediaPipe hands.
+"""Model files that are fetched once and kept in a cache: the networks of MediaPipe hands, and its like.
 
 They are taken out of the official ``mediapipe`` 0.10.21 wheel (Apache-2.0), the last line of releases
 that ships them: newer wheels have the code and no models. Each file is checked against its sha256 when
@@ -55,7 +55,7 @@ class _Network:
 
     file: str  # in the cache
     in_wheel: str
-    in_task: str
+    in_task: str  # empty: not in the bundle
     size: int  # bytes
     sha256: str
 
@@ -74,6 +74,30 @@ NETWORKS = (
         "hand_landmarks_detector.tflite",
         5_478_917,
         "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3",
+    ),
+)
+# In the same wheel and kept with them: the smaller pair, and the detector of faces near the camera.
+OTHER_NETWORKS = (
+    _Network(
+        "palm_detection_lite.tflite",
+        "mediapipe/modules/palm_detection/palm_detection_lite.tflite",
+        "",
+        1_985_440,
+        "e9a4aaddf90dda56a87235303cf00e4c2d3fb28725f68fd88772997dac905c18",
+    ),
+    _Network(
+        "hand_landmark_lite.tflite",
+        "mediapipe/modules/hand_landmark/hand_landmark_lite.tflite",
+        "",
+        2_071_597,
+        "048edd3645c9bf7397d19a9f6e3a42957d6e414c9bea6598030a2e9b624156e6",
+    ),
+    _Network(
+        "face_detection_short_range.tflite",
+        "mediapipe/modules/face_detection/face_detection_short_range.tflite",
+        "",
+        229_714,
+        "bbff11cebd1eb27a1e004cae0b0e63ec8c551cbf34a4451148b4908b8db3eca8",
     ),
 )
 
@@ -145,6 +169,30 @@ def hand_landmarker_path(pull_if_missing: bool = False) -> Path:
     raise UserError(f"{task}: {cause}; {WAYS_OUT}")
 
 
+def network_path(file: str, pull_if_missing: bool = False) -> Path:
+    """A checked ``.tflite`` of the cache, such as ``palm_detection_full.tflite``.
+
+    Args:
+        file: its name, of ``NETWORKS`` or ``OTHER_NETWORKS``.
+        pull_if_missing: fetch what is missing or damaged instead of complaining.
+
+    Raises:
+        UserError: not there, or damaged, and not to be (or could not be) fetched.
+    """
+    (network,) = (n for n in NETWORKS + OTHER_NETWORKS if n.file == file)
+    path = hands_folder() / file
+    state = _network_state(path, network)
+    if state != "ok" and pull_if_missing:
+        pull()
+        state = _network_state(path, network)
+    if state == "unreadable":
+        raise UserError(f"{path}: may not be read; mend its rights, or set EGO2ROBOT_CACHE to another folder")
+    if state != "ok":
+        cause = "not there" if state == "missing" else "damaged (checksum)"
+        raise UserError(f"{path}: {cause}; {WAYS_OUT}")
+    return path
+
+
 def pull(progress: Callable[[str], None] | None = None, wheel: str | Path | None = None) -> Path:
     """Fetches the hand networks into the cache, replacing what is there.
 
@@ -201,7 +249,9 @@ def _read_wheel(path: Path) -> dict[str, bytes]:
     """The checked networks of a wheel, by their name in the cache."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return {network.file: _read_member(archive, network, path) for network in NETWORKS}
+            there = set(archive.namelist())
+            wanted = [*NETWORKS, *(n for n in OTHER_NETWORKS if n.in_wheel in there)]
+            return {network.file: _read_member(archive, network, path) for network in wanted}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {WAYS_OUT}") from None
     except _DAMAGED as error:
@@ -227,8 +277,8 @@ def _keep(networks: Mapping[str, bytes]) -> Path:
     folder = hands_folder()
     task = folder / TASK_NAME
     try:
-        for network in NETWORKS:
-            if _network_state(folder / network.file, network) != "ok":
+        for network in NETWORKS + OTHER_NETWORKS:
+            if network.file in networks and _network_state(folder / network.file, network) != "ok":
                 atomic.write_bytes(folder / network.file, networks[network.file])
         atomic.write_bytes(task, _bundle({n.in_task: networks[n.file] for n in NETWORKS}))
     except OSError as error:

@@ -1,0 +1,1 @@
+"""MediaPipe's hand networks as batched torch programs: loader, palms, landmarks, all of it together."""
