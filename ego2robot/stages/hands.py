@@ -19,8 +19,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -28,29 +26,16 @@ import torch
 
 from ego2robot import models
 from ego2robot.errors import UserError
-from ego2robot.types import N_LANDMARKS, Hand, Side
+from ego2robot.stages.sides import Candidate, one_per_side, within
+from ego2robot.types import N_LANDMARKS, Hand
 
 INSTALL = "pip install 'mediapipe>=1.2'"
-# Two detections whose landmarks lie this near, in shares of the hand's size, are one hand. Different
-# hands that clasp each other have their fingers in another order and stay further apart.
-SAME_HAND = 0.25
-# Between assignments of sides whose odds differ by less, the place in the picture decides.
-DOUBTFUL_ODDS = 1.5
 # Lines that mediapipe, absl and TensorFlow Lite write on every start, whatever the environment says.
 _CHATTER = re.compile(
     rb"[IW]\d{4} \d\d:\d\d:|WARNING: Logging before InitGoogle|WARNING: All log messages before absl"
     rb"|INFO: Created TensorFlow Lite XNNPACK delegate"
 )
 _stderr_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A detection before sides are settled. Arrays as in :class:`ego2robot.types.Hand`."""
-
-    p_left: float  # probability that it is the person's left hand, 0..1
-    landmarks: np.ndarray
-    world: np.ndarray
 
 
 class MediaPipeHands:
@@ -124,7 +109,7 @@ class MediaPipeHands:
             else:
                 top, left, height, width = content
                 inner = self._candidates(frame_HWC[top : top + height, left : left + width])
-                candidates = [_within(candidate, content, frame_HWC.shape) for candidate in inner]
+                candidates = [within(candidate, content, frame_HWC.shape[:2]) for candidate in inner]
             found.append(one_per_side(candidates, int(i)))
         return found
 
@@ -164,75 +149,6 @@ def visibility(hands_per_looked_at_frame: Sequence[Sequence[Hand]]) -> float:
     """Share of looked-at frames with at least one hand, 0 to 1; 0 when none was looked at."""
     looked = len(hands_per_looked_at_frame)
     return sum(bool(hands) for hands in hands_per_looked_at_frame) / looked if looked else 0.0
-
-
-def one_per_side(candidates: Sequence[Candidate], frame: int) -> list[Hand]:
-    """Settles who is left and who is right in one frame.
-
-    A lone hand keeps its side. Of several, the pair whose sides are the most probable together is taken,
-    so of two that look left the less left one is the right. Where that is a toss-up, the hand further left
-    in the picture is the left one, as in most first-person views. The rest is left out, and so are second
-    detections of the same hand, hands that are wholly outside the frame, and coordinates that are not
-    finite.
-
-    Args:
-        candidates: detections, in any order.
-        frame: index that the hands get.
-
-    Returns:
-        At most two hands, left before right.
-    """
-    usable: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: abs(c.p_left - 0.5), reverse=True):
-        finite = np.isfinite(candidate.landmarks).all() and np.isfinite(candidate.world).all()
-        if finite and _in_frame(candidate) and not any(_same_hand(candidate, other) for other in usable):
-            usable.append(candidate)
-    if not usable:
-        return []
-    if len(usable) == 1:
-        only = usable[0]
-        return [_hand(only, "left" if only.p_left >= 0.5 else "right", frame)]
-
-    def likelihood(pair: tuple[Candidate, Candidate]) -> float:
-        p_left, p_right = pair[0].p_left, 1 - pair[1].p_left
-        return p_left * p_right
-
-    left, right = max(permutations(usable, 2), key=likelihood)
-    doubtful = likelihood((left, right)) <= DOUBTFUL_ODDS * likelihood((right, left))
-    if doubtful and left.landmarks[:, 0].mean() > right.landmarks[:, 0].mean():
-        left, right = right, left
-    return [_hand(left, "left", frame), _hand(right, "right", frame)]
-
-
-def _within(candidate: Candidate, content: tuple[int, int, int, int], shape: tuple[int, ...]) -> Candidate:
-    """A detection in a part of the frame, in shares of the frame."""
-    top, left, height, width = content
-    rows, columns = shape[:2]
-    # z is in units of x.
-    scale = np.array([width / columns, height / rows, width / columns], np.float32)
-    offset = np.array([left / columns, top / rows, 0], np.float32)
-    return replace(candidate, landmarks=candidate.landmarks * scale + offset)
-
-
-def _hand(candidate: Candidate, side: Side, frame: int) -> Hand:
-    score = candidate.p_left if side == "left" else 1 - candidate.p_left
-    return Hand(frame, side, float(score), _box(candidate), candidate.landmarks, candidate.world)
-
-
-def _box(candidate: Candidate) -> np.ndarray:
-    xy = np.clip(candidate.landmarks[:, :2], 0, 1)
-    return np.concatenate([xy.min(0), xy.max(0)])
-
-
-def _in_frame(candidate: Candidate) -> bool:
-    x_min, y_min, x_max, y_max = _box(candidate)
-    return bool(x_max > x_min and y_max > y_min)
-
-
-def _same_hand(a: Candidate, b: Candidate) -> bool:
-    between = np.linalg.norm(a.landmarks[:, :2] - b.landmarks[:, :2], axis=1).mean()
-    size = max(np.ptp(a.landmarks[:, :2], axis=0).max(), np.ptp(b.landmarks[:, :2], axis=0).max())
-    return bool(between < SAME_HAND * size)
 
 
 def _points(landmarks: Sequence[Any]) -> np.ndarray:
