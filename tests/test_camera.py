@@ -266,7 +266,22 @@ def test_head_motion_counts_for_the_camera_and_hand_motion_for_what_is_left(plac
     assert scores["camera_motion"][1:].max() < 0.01 * scores["camera_motion"][0]
     assert scores["residual_motion"][0] < 0.5 * motion[0]
     np.testing.assert_allclose(scores["residual_motion"][1:], motion[1:], rtol=0.03)
+    assert (scores["residual_motion"] <= motion * 1.0001).all()
     assert scores["camera_confidence"][2] > 0.8
+
+
+def test_nothing_is_taken_out_of_pictures_that_have_nothing_in_common() -> None:
+    rng = np.random.default_rng(0)
+    greys = torch.from_numpy(rng.integers(0, 256, (3, 90, 160), dtype=np.uint8))
+    expected = np.abs(np.diff(greys.numpy().astype(float), axis=0)).mean((1, 2)) / 255
+    zero = torch.zeros(2)
+    for shift in (0.0, 500.0):
+        motion = kernel.CameraMotion(torch.full((2, 2), shift), zero, zero, zero)
+        np.testing.assert_allclose(kernel.compensated_difference(greys, motion), expected, rtol=1e-5)
+    # A whole pixel's shift, known exactly, leaves nothing.
+    panned = torch.stack([greys[0], greys[0].roll(1, 1)])
+    one = kernel.CameraMotion(torch.tensor([[1.0, 0.0]]), zero[:1], zero[:1], zero[:1])
+    assert kernel.compensated_difference(panned, one).item() < 1e-4
 
 
 def test_scores_of_ragged_and_empty_clips() -> None:

@@ -121,7 +121,8 @@ def camera_scores(
         float32 [B] each; 0 for a clip of fewer than two used frames:
         ``camera_motion``: mean speed of the picture as a whole, picture widths per second;
         ``residual_motion``: the reference motion (share of full scale) after the camera's is taken out, over
-        what both pictures of a pair show; without an estimate that can be trusted nothing is taken out;
+        what both pictures of a pair show; where that leaves more, or the estimate cannot be trusted, nothing
+        is taken out;
         ``camera_confidence``: mean over the pairs, 0 to 1.
 
     Raises:

@@ -155,8 +155,9 @@ def compensated_difference(
         content, pixel_aspect: as for :func:`camera_motion`.
 
     Returns:
-        float32 [T - 1]: mean |difference| over the content that both show, share of full scale; 0 where
-        they have nothing in common. With no motion it is the reference motion of the pair.
+        float32 [T - 1]: mean |difference| over the content that both show, share of full scale, or that of
+        the pictures as they are where it is less: between pixels, sharp texture is known only roughly, and
+        a shift of next to nothing must not add to the difference.
 
     Raises:
         ValueError: the number of motions is not that of the pairs.
@@ -185,7 +186,9 @@ def compensated_difference(
             both &= at <= (2 * part.stop - 1) / length - 1 + slack
         difference = (there - pictures[:-1][cut]).abs() * both
         count = both.sum((1, 2))
-        out.append(difference.sum((1, 2)) / (255 * count.clamp(min=1)))
+        compensated = difference.sum((1, 2)) / count.clamp(min=1)
+        at_rest = (pictures[1:][cut] - pictures[:-1][cut]).abs().mean((1, 2))
+        out.append(torch.where(count > 0, torch.minimum(compensated, at_rest), at_rest) / 255)
     return torch.cat(out)
 
 
