@@ -1,0 +1,146 @@
+"""Hands of many frames at once: MediaPipe's hand landmarker in image mode as one tensor program.
+
+Palms in the letterboxed frame, a rotated crop around each, landmarks in the crop, landmarks in the frame.
+Everything stays on the device of the frames and no step looks at single frames or hands in Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from ego2robot.errors import UserError
+from ego2robot.hands_net import landmark, onednn, palm, sampling, tflite
+from ego2robot.types import N_LANDMARKS
+
+_COLUMNS = 2 + 6 * N_LANDMARKS
+
+
+@dataclass(frozen=True)
+class FoundHands:
+    """K slots for the hands of each of B frames, the surest palm first; on the device of the frames.
+
+    Attributes:
+        present_BK: bool, whether there is a hand; the rest of a slot means nothing where there is none.
+        palm_BK: float32, score of the palm detector.
+        presence_BK: float32, score of the landmark network that its crop shows a hand.
+        left_BK: float32, probability that it is the person's own left hand.
+        landmarks_BKL3: float32 [B, K, 21, 3], x and y in pixels of the frame, z likewise, from the wrist.
+        world_BKL3: float32 [B, K, 21, 3], metres, from the hand's centre.
+    """
+
+    present_BK: torch.Tensor
+    palm_BK: torch.Tensor
+    presence_BK: torch.Tensor
+    left_BK: torch.Tensor
+    landmarks_BKL3: torch.Tensor
+    world_BKL3: torch.Tensor
+
+    def cpu(self) -> FoundHands:
+        return FoundHands(*(getattr(self, field.name).cpu() for field in fields(self)))
+
+
+class HandNet(nn.Module):
+    """Both networks and what lies between them.
+
+    Args:
+        palm_path: ``palm_detection_full.tflite`` or ``…_lite``.
+        landmark_path: ``hand_landmark_full.tflite`` or ``…_lite``.
+        device: where it runs.
+        dtype: what the networks compute in: float32, float16 or bfloat16. Coordinates are float32 always.
+            Where it is bfloat16 the palm detector and the first three layers of the other network stay in
+            float32: on the mixer clip those alone move landmarks by 0.5 pixels (of 640 x 360) on average,
+            all the rest by 0.2. float16 moves them by 0.1 throughout.
+        max_hands: K, slots for hands in a frame.
+        min_detection: score from which the detector's boxes count, 0 to 1.
+        min_presence: score above which a crop shows a hand, 0 to 1.
+        every_slot: look for landmarks in every slot, found or not. Wasteful where hands are few, but then
+            shapes depend on the input's alone and nothing waits for the device, so that the whole can be
+            captured in a CUDA graph. Otherwise the host asks once a call how many palms there are.
+
+    Raises:
+        UserError: a file is missing, is not such a network, or cannot be translated.
+    """
+
+    anchors_A2: torch.Tensor
+
+    def __init__(
+        self,
+        palm_path: str | Path,
+        landmark_path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_hands: int = 2,
+        min_detection: float = 0.5,
+        min_presence: float = 0.5,
+        every_slot: bool = False,
+    ) -> None:
+        super().__init__()
+        self.max_hands, self.min_detection, self.min_presence = max_hands, min_detection, min_presence
+        self.every_slot = every_slot
+        # Activations of more crops than that do not fit a core's share of the caches.
+        self.hands_per_pass = 4 if torch.device(device).type == "cpu" else None
+        coarse = dtype == torch.bfloat16
+        place = torch.device(device)
+        self.palm = _network(palm_path, palm.SIZE, place, torch.float32 if coarse else dtype)
+        self.landmark = _network(landmark_path, landmark.SIZE, place, dtype, 3 if coarse else 0)
+        self.register_buffer("anchors_A2", palm.anchors(device))
+
+    @torch.inference_mode()
+    def forward(self, frames_BHWC: torch.Tensor) -> FoundHands:
+        """The hands of B frames.
+
+        Args:
+            frames_BHWC: RGB [B, H, W, 3] of 0 to 255, uint8 or floating, any strides, on the module's device.
+                Frames that hold NaN or infinity have no hands.
+        """
+        n_frames, height, width = frames_BHWC.shape[:3]
+        planes = sampling.planes(frames_BHWC)
+        raw, logits = self.palm(sampling.letterbox(planes, palm.SIZE))
+        palms = palm.find(raw, logits, self.anchors_A2, (height, width), self.max_hands, self.min_detection)
+        rect_N4 = palms.rect_BK4.flatten(0, 1)
+        frame_N = torch.arange(n_frames, device=planes.device).repeat_interleave(self.max_hands)
+        found_BK = palms.score_BK > 0
+        if self.every_slot:
+            table = self._look(planes, frame_N, rect_N4)
+        else:
+            slots = found_BK.flatten().nonzero()[:, 0]
+            table = rect_N4.new_zeros(len(rect_N4), _COLUMNS)
+            table = table.index_copy(0, slots, self._look(planes, frame_N[slots], rect_N4[slots]))
+        presence_BK, left_BK, *points_BK = table.unflatten(0, (n_frames, self.max_hands)).split(
+            [1, 1, 3 * N_LANDMARKS, 3 * N_LANDMARKS], -1
+        )
+        landmarks_BKL3, world_BKL3 = (p.unflatten(-1, (N_LANDMARKS, 3)) for p in points_BK)
+        present_BK = landmark.first_of_each(
+            landmarks_BKL3[..., :2], found_BK & (presence_BK[..., 0] > self.min_presence)
+        )
+        return FoundHands(
+            present_BK, palms.score_BK, presence_BK[..., 0], left_BK[..., 0], landmarks_BKL3, world_BKL3
+        )
+
+    def _look(self, planes_CBHW: torch.Tensor, frame_N: torch.Tensor, rect_N4: torch.Tensor) -> torch.Tensor:
+        """Presence, left, landmarks and world landmarks of each rectangle: float32 [N, 128]."""
+        tables = [rect_N4.new_zeros(0, _COLUMNS)]
+        n = self.hands_per_pass or max(1, len(rect_N4))
+        for frame, rect in zip(frame_N.split(n), rect_N4.split(n), strict=True):
+            if len(rect):
+                picture = sampling.crops(planes_CBHW, frame, rect, landmark.SIZE)
+                points, presence, right, metres = self.landmark(picture)
+                points, metres = landmark.project(points, rect), landmark.world(metres, rect)
+                tables.append(torch.cat((presence, 1 - right, points.flatten(1), metres.flatten(1)), 1))
+        return torch.cat(tables)
+
+
+def _network(
+    path: str | Path, size: int, device: torch.device, dtype: torch.dtype, keep_first: int = 0
+) -> fx.GraphModule:
+    module = tflite.load(path)
+    if module.meta["input_size"] != (size, size):
+        raise UserError(f"{path}: takes pictures of {module.meta['input_size']}, not {size} x {size}")
+    if dtype != torch.float32:
+        module = tflite.half(module, dtype, keep_first)
+    module = module.to(device)
+    return onednn.fuse(module) if device.type == "cpu" and onednn.available(dtype) else module
