@@ -12,7 +12,9 @@ import pytest
 
 from ego2robot.export.files import Limits
 from ego2robot.export.lerobot import CodecName, Schema, export_lerobot
+from ego2robot.store.units import units_from_table
 from ego2robot.types import Clip
+from tests.demo import hand_models_missing, run_demo
 from tests.footage import write_video
 from tests.test_export_lerobot import CONFIG, HEIGHT, WIDTH, make_run, source_frames
 
@@ -76,6 +78,19 @@ def test_lerobot_reads_every_frame(
         np.save(tmp_path / "frames" / f"{clip_id}.npy", frames)
     said = open_with_lerobot(tmp_path / "out", tmp_path / "frames", "--backend", backend)
     assert f"6 episodes, {result.frames} frames all decoded ({backend})" in said
+
+
+@pytest.mark.skipif(bool(why := hand_models_missing()), reason=why or "hand models are here")
+@pytest.mark.timeout(600)
+def test_lerobot_opens_what_the_demo_exports(tmp_path: Path) -> None:
+    outcome = run_demo(tmp_path)
+    assert outcome.export and outcome.export.episodes >= 10 and not outcome.export.skipped
+    (tmp_path / "frames").mkdir()
+    units = units_from_table(outcome.run.units())
+    for clip_id, frames in source_frames(outcome.run, units).items():
+        np.save(tmp_path / "frames" / f"{clip_id}.npy", frames)
+    said = open_with_lerobot(outcome.export.path, tmp_path / "frames", "--backend", "torchcodec")
+    assert f"{outcome.export.episodes} episodes, {outcome.export.frames} frames all decoded" in said
 
 
 def test_lerobot_reads_the_metadata_of_an_empty_export(tmp_path: Path) -> None:
