@@ -360,6 +360,11 @@ def check_together(cfg: Config) -> None:
             f"skills.embedding={wanted}: this recipe makes no such embedding "
             f"(it makes: {', '.join(name for name in made if made[name]) or 'none'})"
         )
+    if cfg.export.enabled and cfg.clips.sample_fps != round(cfg.clips.sample_fps):
+        raise UserError(
+            f"clips.sample_fps={cfg.clips.sample_fps:g}: LeRobot datasets have whole frames/s; "
+            "choose a whole number, or export.enabled=false"
+        )
     if cfg.hands.detector == "none" and isinstance(cfg.gate.min_hand_visibility, Quantile):
         raise UserError("gate.min_hand_visibility is a quantile, but hands.detector=none looks for no hands")
 

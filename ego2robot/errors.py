@@ -27,7 +27,8 @@ class VideoError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.cause}" + (f"; {self.hint}" if self.hint else "")
+        text = f"{self.name}: {self.cause}" + (f"; {self.hint}" if self.hint else "")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a name may hold a newline
 
     def __reduce__(self) -> tuple[type[VideoError], tuple[str, str, str, str]]:
         return VideoError, (self.name, self.cause, self.hint, self.kind)

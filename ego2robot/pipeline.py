@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from ego2robot import config, models
@@ -61,6 +62,14 @@ def run(cfg: config.Config, show: Show = lambda _: None, tell: Tell = lambda _: 
     device = _device(cfg.device)
     embedders, labels = load_embedders(cfg, device, tell)
     run_dir = RunDir.create_or_resume(cfg.run_dir, cfg, fingerprint(cfg, embedders))
+    with run_dir.alone():
+        return _run(run_dir, embedders, labels, show, tell)
+
+
+def _run(
+    run_dir: RunDir, embedders: Sequence[Embedder], labels: PromptLabels | None, show: Show, tell: Tell
+) -> Outcome:
+    cfg = run_dir.config
     run_dir.remove_leftovers()
 
     show(Progress("planning"))
@@ -274,6 +283,7 @@ class Meter:
         self._run, self._show = run_dir, show
         self.total = sum(len(unit.clips) for unit in units)
         self._before = sum(len(unit.clips) for unit in units if unit.unit_id in committed)
+        self._kept_before = run_dir.dataset("clips").count_rows(filter=pc.field("decision") == "kept")
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._clips = self._kept = 0
         self._video_s = 0.0
@@ -298,7 +308,7 @@ class Meter:
                     "curating",
                     self._before + self._clips,
                     self.total,
-                    self._kept,
+                    self._kept_before + self._kept,
                     rate,
                     self._video_s / elapsed,
                     left / rate if rate else None,

@@ -14,7 +14,7 @@ class Progress:
         stage: what is being done.
         done: clips decided so far (videos while planning), this start and earlier ones.
         total: clips planned; 0 when not known.
-        kept: of ``done``.
+        kept: clips of ``done`` that were kept.
         rate: clips/s of this start.
         video_rate: hours of source video per hour, of this start.
         eta_s: None when not known.

@@ -90,6 +90,7 @@ def test_a_configuration_survives_yaml(recipe):
         (["skills.embedding=videomae", "embed.videomae.weights=none"], "makes no such embedding"),
         (["skills.embedding=hand_motion", "hands.detector=none"], "makes no such embedding"),
         (["hands.detector=none", "gate.min_hand_visibility.quantile=0.5"], "looks for no hands"),
+        (["clips.sample_fps=2.5"], "whole number"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(recipe, overrides, says):

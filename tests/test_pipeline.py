@@ -297,6 +297,12 @@ def test_tars_are_read_in_place(footage, clean, tmp_path):
     assert not list((tmp_path / "r").glob("**/*.tmp"))
 
 
+def test_two_starts_at_once_do_not_both_work_on_a_run(world):
+    outcome, *_ = world
+    with outcome.run.alone(), pytest.raises(UserError, match="another process is working"):
+        pipeline.run(recipe(outcome.run.config.source.path, outcome.run.path))
+
+
 def test_the_run_directory_may_lie_inside_the_source(tmp_path):
     write_video(tmp_path / "a.mp4", n_frames=120)
     pipeline.run(recipe(tmp_path, tmp_path / "r"))

@@ -129,3 +129,8 @@ def test_a_metrics_line_cut_by_a_crash_is_left_out(tmp_path):
     with (run.path / "metrics" / "run.jsonl").open("a") as file:
         file.write('{"clips": 2, "tim')
     assert [line["clips"] for line in run.metrics()] == [1]
+
+
+def test_a_resumed_run_takes_the_workers_of_this_start(tmp_path):
+    new_run(tmp_path / "r", "source.path=x", "workers=1")
+    assert new_run(tmp_path / "r", "source.path=x", "workers=7").config.workers == 7

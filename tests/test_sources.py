@@ -163,3 +163,18 @@ def test_member_names_never_become_paths(tmp_path, worker):
     write_tar(worker / "a.tar", [(evil, b"x"), ("/abs.mp4", b"y"), ("../../../etc/passwd.json", b"{}")])
     found = [f for f in E10K.candidates(str(tmp_path), None) if not isinstance(f, VideoError)]
     assert all(c.blob.path == str(worker / "a.tar") for c in found)
+
+
+def test_names_and_fields_that_utf8_cannot_hold_are_refused_or_spelled_out(tmp_path, worker):
+    import os
+
+    (tmp_path / os.fsdecode(b"bad\xff.mp4")).write_bytes(b"x")
+    (refused,) = FOLDER.candidates(str(tmp_path), None)
+    assert isinstance(refused, VideoError) and "not UTF-8" in refused.cause
+    assert "\n" not in str(VideoError("a\nb.mp4", "empty"))
+    fields = b'{"task": "half \\ud800 pair"}'
+    write_tar(worker / "a.tar", [("\udcff.mp4", b"x"), ("\udcff.json", fields)])
+    (found,) = E10K.candidates(str(tmp_path), None)
+    for text in (found.name, *found.meta.values()):
+        text.encode("utf-8")
+    assert found.meta["task"] == "half \\ud800 pair"

@@ -112,8 +112,21 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts) if parts else Path()
 
 
+def storable(text: str) -> str:
+    """``text`` with what UTF-8 cannot hold spelled out: half surrogate pairs, as JSON or a name may have."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_name(path: Path) -> None:
+    """Raises VideoError for a path that is not UTF-8: a plan could not name it."""
+    if storable(str(path)) != str(path):
+        cause = "its path is not UTF-8"
+        raise VideoError(storable(path.name), cause, "rename the file or folder", "unsupported")
+
+
 def file_blob(path: Path) -> Blob:
     """The whole of a file. Raises VideoError when it cannot be read."""
+    check_name(path)
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ego2robot.errors import VideoError
-from ego2robot.sources.base import Candidate, display_name, find_files
+from ego2robot.sources.base import Candidate, check_name, display_name, find_files, storable
 from ego2robot.types import Blob
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
@@ -46,7 +46,7 @@ def _intrinsics(path: Path) -> tuple[str | None, VideoError | None]:
         return None, None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         hint = "its videos are used without camera intrinsics"
         return None, VideoError(str(path), f"not JSON: {error}", hint, "metadata")
     return json.dumps(value, separators=(",", ":")), None
@@ -61,6 +61,11 @@ def tar_members(tar: Path, name: str) -> Iterator[Candidate | VideoError]:
     metas: dict[str, dict[str, str] | VideoError] = {}
     broken: VideoError | None = None
     try:
+        check_name(tar)
+    except VideoError as error:
+        yield error
+        return
+    try:
         size = tar.stat().st_size
         if size == 0:
             yield VideoError(name, "empty file (0 bytes)", "fetch it again", "empty")
@@ -73,12 +78,13 @@ def tar_members(tar: Path, name: str) -> Iterator[Candidate | VideoError]:
                     continue
                 key, dot, suffix = member.name.rpartition(".")
                 if end > size:
-                    broken = _cut(f"{name}::{member.name}", size)
+                    broken = _cut(storable(f"{name}::{member.name}"), size)
                 elif dot + suffix.lower() in VIDEO_SUFFIXES:
                     videos.append((member.name, member.offset_data, member.size))
                 elif suffix.lower() == "json":
                     raw.seek(member.offset_data)
-                    metas[key] = _fields(f"{name}::{member.name}", raw.read(min(member.size, MAX_JSON_BYTES)))
+                    data = raw.read(min(member.size, MAX_JSON_BYTES))
+                    metas[key] = _fields(storable(f"{name}::{member.name}"), data)
             # A whole tar ends in blocks of zeros; tarfile itself takes a cut header for the end.
             raw.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
             if broken is None and raw.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -91,7 +97,7 @@ def tar_members(tar: Path, name: str) -> Iterator[Candidate | VideoError]:
     except OSError as error:
         broken = VideoError(name, error.strerror or str(error), "check the file", "missing")
     for member_name, offset, length in videos:
-        full = f"{name}::{member_name}"
+        full = storable(f"{name}::{member_name}")
         key = member_name.rpartition(".")[0]
         meta = metas.get(key, VideoError(full, f"no {key}.json beside it in the tar", "", "metadata"))
         problem = None
@@ -99,7 +105,9 @@ def tar_members(tar: Path, name: str) -> Iterator[Candidate | VideoError]:
             hint = "used all the same, its fields read off its name"
             problem = VideoError(meta.name, meta.cause, hint, "metadata")
             meta = {}
-        yield Candidate(full, Blob(str(tar.absolute()), offset, length, False), _with_key(meta, key), problem)
+        yield Candidate(
+            full, Blob(str(tar.absolute()), offset, length, False), _with_key(meta, storable(key)), problem
+        )
     if broken:
         yield broken
 
@@ -112,12 +120,12 @@ def _fields(name: str, data: bytes) -> dict[str, str] | VideoError:
     """The flat fields of a video's JSON as text."""
     try:
         value: Any = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return VideoError(name, f"not JSON: {error}", "", "metadata")
     if not isinstance(value, dict):
         return VideoError(name, f"a mapping was expected, this is a {type(value).__name__}", "", "metadata")
     return {
-        str(key): item if isinstance(item, str) else json.dumps(item)
+        storable(str(key)): storable(item) if isinstance(item, str) else json.dumps(item)
         for key, item in value.items()
         if item is not None
     }

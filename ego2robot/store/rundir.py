@@ -6,10 +6,12 @@ rows and checksum. Parts without a record are leftovers of an interrupted commit
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +69,7 @@ class RunDir:
         tree = config.to_dict(wanted)
         if (run.path / "config.yaml").is_file():
             differ = config.differences(config.to_dict(run.config), tree)
+            run.config = wanted  # the same but for what this start may choose, such as workers
             old = run.fingerprint
             differ += [
                 f"{key}: {old.get(key)} → {value}"
@@ -93,6 +96,23 @@ class RunDir:
     @property
     def fingerprint(self) -> dict[str, Any]:
         return self.read_json("fingerprint.json") or {}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds the run for this process; the system lets go of it however the process ends.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another process is working on this run; "
+                    "wait for it (`ego2robot status` shows how far it is), or use another run_dir"
+                ) from None
+            yield
 
     # -- committing ------------------------------------------------------------------------------
 
