@@ -66,8 +66,13 @@ def aria(path: Path) -> np.ndarray | None:
         return None
     provider = data_provider.create_vrs_data_provider(str(path))
     stream = provider.get_stream_id_from_label("camera-rgb")
-    frames = [provider.get_image_data_by_index(stream, i)[0] for i in range(provider.get_num_data(stream))]
-    return np.stack([fit(Image.fromarray(frame.to_numpy_array())) for frame in frames])
+    # Read at once: the recording's buffer is used again for the next frame.
+    return np.stack(
+        [
+            fit(Image.fromarray(provider.get_image_data_by_index(stream, i)[0].to_numpy_array()))
+            for i in range(provider.get_num_data(stream))
+        ]
+    )
 
 
 def pictures() -> Iterator[tuple[str, np.ndarray]]:
@@ -100,7 +105,7 @@ def mediapipe_detector(detector: MediaPipeHands) -> Detector:
     return lambda frames: [detector._candidates(frame) for frame in frames]
 
 
-def torch_detector(net: HandNet, batch: int = 4) -> Detector:
+def torch_detector(net: HandNet, batch: int = 8) -> Detector:
     def run(frames: np.ndarray) -> list[list[Candidate]]:
         found: list[list[Candidate]] = []
         for first in range(0, len(frames), batch):

@@ -82,12 +82,16 @@ class HandNet(nn.Module):
         self.max_hands, self.min_detection, self.min_presence = max_hands, min_detection, min_presence
         self.every_slot = every_slot
         # Activations of more crops than that do not fit a core's share of the caches.
-        self.hands_per_pass = 4 if torch.device(device).type == "cpu" else None
+        self.hands_per_pass = 8 if torch.device(device).type == "cpu" else None
         coarse = dtype == torch.bfloat16
         place = torch.device(device)
         self.palm = _network(palm_path, palm.SIZE, place, torch.float32 if coarse else dtype)
         self.landmark = _network(landmark_path, landmark.SIZE, place, dtype, 3 if coarse else 0)
         self.register_buffer("anchors_A2", palm.anchors(device))
+        if place.type == "cpu":
+            # glibc gives blocks of some MB back to the system when they are freed and asks for them page by
+            # page again, until a larger one was freed once (mallopt(3), M_MMAP_THRESHOLD): 2 ms a frame.
+            torch.empty(31 << 20, dtype=torch.uint8)
 
     @torch.inference_mode()
     def forward(self, frames_BHWC: torch.Tensor) -> FoundHands:

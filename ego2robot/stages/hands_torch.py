@@ -15,7 +15,7 @@ from ego2robot.stages.sides import Candidate, one_per_side, within
 from ego2robot.types import Hand
 
 # Frames in one pass, by device: on a CPU few enough for its caches, on a GPU enough to fill it.
-_FRAMES = {"cpu": 4, "cuda": 128}
+_FRAMES = {"cpu": 8, "cuda": 128}
 # Larger frames go in smaller passes. Pixels of a frame of 640 x 360.
 _PIXELS = 640 * 360
 
