@@ -28,19 +28,22 @@ def duration(seconds: float) -> str:
 
 
 def line(progress: Progress) -> str:
-    """One line: ``curating 120/480 clips · 34 kept · 3.2 clips/s · 96 video-h/h · ETA 1:52``."""
+    """One line, what matters most first, since a narrow terminal cuts its end.
+
+    ``curating 120/480 clips · ETA 1:52 · 3.20 clips/s · 96.0 video-h/h · 34 kept``.
+    """
     p = progress
     if p.stage != "curating":
         return p.stage + (f" {p.done}/{p.total}" if p.total else f" {p.done}" if p.done else "")
-    parts = [f"{p.stage} {p.done}/{p.total} clips", f"{p.kept} kept"]
-    if p.rate:
-        parts += [f"{p.rate:.2f} clips/s", f"{p.video_rate:.1f} video-h/h"]
+    parts = [f"{p.stage} {p.done}/{p.total} clips"]
     if p.eta_s is not None and p.done < p.total:
         parts.append(f"ETA {duration(p.eta_s)}")
-    return " · ".join(parts)
+    if p.rate:
+        parts += [f"{p.rate:.2f} clips/s", f"{p.video_rate:.1f} video-h/h"]
+    return " · ".join([*parts, f"{p.kept} kept"])
 
 
-def bar(progress: Progress, width: int = 24) -> str:
+def bar(progress: Progress, width: int = 12) -> str:
     if not progress.total:
         return ""
     full = round(width * min(1.0, progress.done / progress.total))

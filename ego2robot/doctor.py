@@ -63,8 +63,10 @@ def _machine(folder: Path) -> Iterator[Finding]:
     )
     import torch
 
-    bf16 = "amx_bf16" in flags or "avx512_bf16" in flags
-    text = f"{torch.__version__}; models run in {'bf16' if bf16 else 'fp32'} on this CPU"
+    from ego2robot.stages.inference import compute_dtype
+
+    dtype = str(compute_dtype("cpu")).removeprefix("torch.")
+    text = f"{torch.__version__}; models run in {dtype} on this CPU"
     yield Finding("machine", "torch", None, text)
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
