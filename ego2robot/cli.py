@@ -54,6 +54,7 @@ class Commands(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
+    rich_markup_mode=None,  # a wrong option is one line, not a box
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,7 +68,7 @@ app.add_typer(models_app, name="models")
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Such as clips.stride_s=6 gate.min_motion=0.02"),
+    typer.Argument(metavar="KEY=VALUE", help="Such as clips.stride_s=6 gate.min_motion=0.02"),
 ]
 
 
@@ -129,9 +130,10 @@ def cluster(run: RunArg, overrides: Overrides = None) -> None:
         found = find_skills(opened, cfg.skills, cfg.seed, lambda step: show(Progress(f"clustering: {step}")))
     for skill in found["skills"]:
         print(f"skill {skill['skill']:>3}  {skill['n']:>6} clips  {skill['name']}")
-    score = found["silhouette"]
-    print(f"{found['k']} skills, {found['n_clips']} clips, by {found['embedding']}", end="")
-    print(f", silhouette {score:.3f}" if score is not None else "")
+    if found["n_clips"]:
+        score = found["silhouette"]
+        quality = f", silhouette {score:.3f}" if score is not None else ""
+        print(f"{found['k']} skills, {found['n_clips']} clips, by {found['embedding']}{quality}")
     for warning in found["warnings"]:
         _warn(warning)
 

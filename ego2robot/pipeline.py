@@ -70,10 +70,11 @@ def _run(
     run_dir: RunDir, embedders: Sequence[Embedder], labels: PromptLabels | None, show: Show, tell: Tell
 ) -> Outcome:
     cfg = run_dir.config
-    run_dir.remove_leftovers()
-
     show(Progress("planning"))
     planned = planning.plan(run_dir, lambda n: show(Progress("planning", n)))
+    run_dir.remove_leftovers()
+    if planned.reused:
+        tell(f"going on with this run's plan of {planned.videos} videos; the source is not listed again")
     for problem in planned.problems:
         tell(str(problem))
     planning.require_units(planned, cfg.source.path)

@@ -280,6 +280,22 @@ def test_only_bad_videos_is_an_error_that_names_them(tmp_path):
         pipeline.run(recipe(tmp_path, tmp_path / "r"))
 
 
+def test_a_mistyped_path_or_an_unusable_source_can_be_mended_in_the_same_run_directory(tmp_path):
+    source = tmp_path / "videos"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="no such file or folder"):
+        pipeline.run(recipe(tmp_path / "vidoes", tmp_path / "r"))
+    with pytest.raises(UserError, match="no usable video"):
+        pipeline.run(recipe(source, tmp_path / "r"))
+    write_video(source / "a.mp4", n_frames=120)
+    run = pipeline.run(recipe(source, tmp_path / "r")).run
+    assert verify(run).ok, verify(run).problems
+    assert verify(run).kept == 2 and rows(run, "quarantine") == []
+    with pytest.raises(UserError, match="another configuration"):
+        pipeline.run(recipe(tmp_path, tmp_path / "r"))
+
+
 def test_tars_are_read_in_place(footage, clean, tmp_path):
     worker = tmp_path / "factory_001" / "workers" / "worker_001"
     worker.mkdir(parents=True)

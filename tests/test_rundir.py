@@ -43,8 +43,24 @@ def new_run(path, *overrides):
     return RunDir.create_or_resume(path, cfg, PRINT)
 
 
+def with_a_plan(run):
+    """The same run once it has planned something: from then on its configuration is fixed."""
+    atomic.write_parquet(run.path / "plan" / "units.parquet", pa.Table.from_pylist([], schema=schema.UNITS))
+    return run
+
+
+def test_a_run_that_has_planned_nothing_takes_another_configuration(tmp_path):
+    new_run(tmp_path / "r", "source.path=mistyped")
+    new_run(tmp_path / "r", "source.path=right")
+    assert RunDir.open(tmp_path / "r").config.source.path == "right"
+    with_a_plan(RunDir.open(tmp_path / "r"))
+    with pytest.raises(UserError, match=r"source.path: right → other"):
+        new_run(tmp_path / "r", "source.path=other")
+    assert RunDir.open(tmp_path / "r").config.source.path == "right"
+
+
 def test_a_run_resumes_with_the_same_configuration_and_refuses_another(tmp_path):
-    new_run(tmp_path / "r", "source.path=x")
+    with_a_plan(new_run(tmp_path / "r", "source.path=x"))
     new_run(tmp_path / "r", "source.path=x", "workers=7")
     with pytest.raises(UserError, match=r"clips.stride_s: 6.0 → 5.0"):
         new_run(tmp_path / "r", "source.path=x", "clips.stride_s=5")

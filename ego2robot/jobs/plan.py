@@ -111,7 +111,7 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None) -> Planned:
     Raises:
         UserError: the source holds nothing to look at.
     """
-    if (run.path / "plan" / "units.parquet").is_file():
+    if run.planned:
         units = units_from_table(run.units())
         return Planned(units, [], len({u.video.video_id for u in units}), True)
     cfg = run.config
@@ -147,7 +147,8 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None) -> Planned:
     units.sort(key=lambda unit: (-unit.cost_s, unit.unit_id))
     problems.sort(key=lambda p: (p.name, p.cause))
     run.commit((), {"quarantine": quarantine_table([(None, None, "plan", p, 1) for p in problems])})
-    atomic.write_parquet(run.path / "plan" / "units.parquet", units_table(units))
+    if units:  # with nothing to do the next start looks again: the source may have been mended
+        atomic.write_parquet(run.path / "plan" / "units.parquet", units_table(units))
     return Planned(units, problems, n_videos, False)
 
 

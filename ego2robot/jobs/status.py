@@ -45,10 +45,9 @@ class Status:
 
 def status(run: RunDir) -> Status:
     """Reads the plan, the ledger and the last metrics line of a run."""
-    planned = (run.path / "plan" / "units.parquet").is_file()
     done_units = run.committed_units()
     videos = units = clips = clips_done = 0
-    if planned:
+    if run.planned:
         table = run.units().select(["unit_id", "video_id", "length"])
         lengths = pc.list_value_length(table["length"]).to_pylist()
         ids = table["unit_id"].to_pylist()
@@ -64,10 +63,10 @@ def status(run: RunDir) -> Status:
     skills = run.skills()
     info = RunDir(run.config.export.path or run.path / "dataset").read_json("meta/info.json")
     finished = (run.path / "report.html").is_file() and clips_done == clips
-    state = "planning" if not planned else "curating" if clips_done < clips else "curated"
+    state = "planning" if not run.planned else "curating" if clips_done < clips else "curated"
     return Status(
         run=str(run.path),
-        state="finished" if planned and finished else state,
+        state="finished" if run.planned and finished else state,
         videos=videos,
         units=units,
         units_done=len(done_units),

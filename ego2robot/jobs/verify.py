@@ -51,7 +51,7 @@ def verify(run: RunDir) -> Verdict:
     (but hand_motion of a clip without hands).
     Hands: only clips that exist, finite.
     """
-    if not (run.path / "plan" / "units.parquet").is_file():
+    if not run.planned:
         return Verdict(("the plan is missing; run the same command again to make it",), *[0] * 8)
     problems: list[str] = []
     units = {unit.unit_id: unit for unit in units_from_table(run.units())}

@@ -62,6 +62,9 @@ class RunDir:
     ) -> RunDir:
         """A new run, or the one that is there if it was made by the same configuration and weights.
 
+        A run that has planned nothing yet, say because its source's path was mistyped, takes the new
+        configuration.
+
         Raises:
             UserError: ``path`` holds another run (says what differs) or something else.
         """
@@ -76,7 +79,10 @@ class RunDir:
                 for key, value in fingerprint.items()
                 if key != "made_with" and old.get(key) != value
             ]
-            if differ:
+            if differ and not run.planned:
+                with run.alone():
+                    run._freeze(tree, fingerprint)
+            elif differ:
                 raise UserError(
                     f"{path}: made by another configuration ({'; '.join(differ)}); "
                     "use another run_dir, or the configuration it was started with"
@@ -84,10 +90,18 @@ class RunDir:
             return run
         if run.path.exists() and any(run.path.iterdir()):
             raise UserError(f"{path}: not empty and not a run directory; choose another run_dir")
-        atomic.write_json(run.path / "fingerprint.json", dict(fingerprint))
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-        atomic.write_text(run.path / "config.yaml", text)
+        run._freeze(tree, fingerprint)
         return run
+
+    def _freeze(self, tree: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+        atomic.write_json(self.path / "fingerprint.json", dict(fingerprint))
+        text = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
+        atomic.write_text(self.path / "config.yaml", text)
+
+    @property
+    def planned(self) -> bool:
+        """Whether there is a plan; an empty one is never stored."""
+        return (self.path / "plan" / "units.parquet").is_file()
 
     @cached_property
     def config(self) -> config.Config:
@@ -188,7 +202,9 @@ class RunDir:
         return sorted(found)
 
     def units(self) -> pa.Table:
-        """The plan: one row per unit of work (``schema.UNITS``)."""
+        """The plan: one row per unit of work (``schema.UNITS``); no rows before there is one."""
+        if not self.planned:
+            return pa.Table.from_pylist([], schema=schema.UNITS)
         return pq.read_table(self.path / "plan" / "units.parquet")
 
     def read_json(self, relative: str) -> dict[str, Any] | None:
