@@ -138,6 +138,7 @@ class Hand:
     box: np.ndarray  # float32 [4]: x_min, y_min, x_max, y_max
     landmarks: np.ndarray  # float32 [21, 3]: shares of the frame (may lie just outside), z from the wrist
     world: np.ndarray  # float32 [21, 3]: metres, origin at the hand's centre
+    presence: float = 1.0  # score of the landmark network that there is a hand, 0..1
 
 
 def short_id(*parts: object) -> str:
