@@ -85,26 +85,50 @@ class Frames:
 
 
 @section
+class Triage:
+    """A first look at packet sizes and keyframes that rules out clips before they are decoded."""
+
+    enabled: bool = False
+    recall: Share = 0.99  # of kept clips; where less is estimated, a source is decoded in full
+    audit: Share = 0.05  # of the clips that were ruled out: decoded after all, to estimate that recall
+    calibrate_clips: PositiveInt = 400  # of each kind of footage: decoded in full, the rule is fitted to them
+    max_keyframe_gap_s: Positive = 4.0  # footage with longer groups of pictures is decoded in full
+
+
+@section
 class Decode:
     backend: Literal["auto", "pyav", "torchcodec", "decord"] = "auto"
+    mode: Literal["exact", "fast"] = "exact"  # fast: what no other frame refers to may be left out
     timeout_s: Positive = 600.0  # one unit of work without a finished clip for so long is given up
+    triage: Triage = Triage()
 
 
 @section
 class Hands:
-    detector: Literal["mediapipe", "none"] = "mediapipe"
+    """``detector``: MediaPipe's networks ``full``, or ``lite`` (faster, less sure), or ``none``."""
+
+    detector: Literal["full", "lite", "none"] = "full"
+    precision: Literal["auto", "float32", "half"] = "auto"  # half where the machine is faster in it
     every: PositiveInt = 3  # visibility looks at every so many-th frame of a clip
     max_hands: Annotated[int, Field(ge=1, le=4)] = 2
     min_detection: Share = 0.5
     min_presence: Share = 0.5
     dense: bool = True  # landmarks on every frame of clips that are kept, for export
+    max_gap: Annotated[int, Field(ge=0, le=60)] = 2  # so many frames without a hand are interpolated
+    smooth: bool = True  # One-Euro filter over tracks, for states and actions
 
 
 @section
 class Gate:
-    """A clip is kept when both hold; ``{quantile: q}`` sets a threshold from this run's clips."""
+    """A clip is kept when all hold; ``{quantile: q}`` sets a threshold from this run's clips.
+
+    ``motion`` is the reference's, which a turning head raises; ``residual_motion`` is what is left of it
+    after the camera's own; ``camera_motion`` is the camera's, in picture widths per second.
+    """
 
     min_motion: Quantile | Share = 0.1
+    min_residual_motion: Quantile | Share = 0.0
+    max_camera_motion: Quantile | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     min_hand_visibility: Quantile | Share = 0.3
     calibrate_clips: PositiveInt = 2000  # quantiles are taken over at most so many clips
 
@@ -156,6 +180,7 @@ class Export:
     path: str = ""
     top: PositiveInt = 50  # at most so many episodes, best first
     schema: Literal["hands", "reference"] = "hands"
+    action: Literal["compensated", "wrist"] = "compensated"  # without or with the camera's own motion
     codec: Literal["av1", "h264"] = "av1"
 
 
