@@ -21,12 +21,15 @@ class FrameBatch:
         frames_THWC: uint8 RGB [T, spec.height, spec.width, 3] on the device that was asked for.
         times_s: float64 [T], real presentation times, relative to the video's first frame.
         corrupt: bool [T], the decoder reported damage since the last keyframe before this frame.
+        greys_Thw: the small grey pictures that motion is computed from, [T, 90, 160] on the same device,
+            where the conversion made them on its way; None where it did not.
     """
 
     first: int
     frames_THWC: torch.Tensor
     times_s: np.ndarray
     corrupt: np.ndarray
+    greys_Thw: torch.Tensor | None = None
 
 
 class Backend(Protocol):
