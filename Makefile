@@ -21,14 +21,13 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv found; install one (Debian: apt install python3 python3-venv) or run: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
-	$(BIN)/ego2robot models pull || $(MAKE) --no-print-directory system-libraries
+	$(BIN)/ego2robot models pull
 	@touch $@
 
-# MediaPipe links the system's OpenGL. Where we may, we install it; elsewhere the error above has said how.
-system-libraries:
-	@test "$$(id -u)" = 0 && command -v apt-get >/dev/null
-	apt-get update -qq && apt-get install -qq -y --no-install-recommends libegl1 libgles2 libgl1 libglib2.0-0
-	$(BIN)/ego2robot models pull
+# The tests compare with MediaPipe, which links the system's OpenGL; without it they skip, saying so.
+system-libraries: $(READY)
+	@$(BIN)/python -c 'import mediapipe.tasks.python.vision, cv2' 2>/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends libegl1 libgles2 libgl1 libglib2.0-0; }
 
 demo: $(READY) ## footage with known truth → LeRobot dataset and report, on the CPU
 	$(BIN)/ego2robot sample $(DEMO)/footage --minutes 4 --videos 2

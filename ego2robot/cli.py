@@ -145,6 +145,10 @@ def export_lerobot(
     top: Annotated[int | None, typer.Option(min=1, help="At most so many episodes, best first.")] = None,
     schema: Annotated[Literal["hands", "reference"] | None, typer.Option(help="State and action.")] = None,
     codec: Annotated[Literal["av1", "h264"] | None, typer.Option(help="Of the videos.")] = None,
+    action: Annotated[
+        Literal["compensated", "wrist"] | None,
+        typer.Option(help="Wrists without or with the camera's motion."),
+    ] = None,
 ) -> None:
     """Write a LeRobot v3.0 dataset from a run's kept clips."""
     from ego2robot.console import display
@@ -161,6 +165,8 @@ def export_lerobot(
             top or cfg.top,
             schema or cfg.schema,
             codec or cfg.codec,
+            action or cfg.action,
+            cfg.smooth,
             progress=lambda done, total: show(Progress("exporting", done, total)),
         )
     print(f"{out}: {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB")
@@ -278,12 +284,10 @@ def models_pull(
         Path | None, typer.Option(help="A mediapipe 0.10.21 wheel that is already here.")
     ] = None,
 ) -> None:
-    """Fetch MediaPipe's hand models from its wheel, check them, and start the detector once."""
+    """Fetch MediaPipe's hand models from its wheel, and check them."""
     from ego2robot import models
-    from ego2robot.stages.hands import MediaPipeHands
 
     print(models.pull(wheel=wheel))
-    MediaPipeHands().close()  # says what the machine lacks, if anything
 
 
 @app.command()

@@ -115,7 +115,6 @@ class Hands:
     min_presence: Share = 0.5
     dense: bool = True  # landmarks on every frame of clips that are kept, for export
     max_gap: Annotated[int, Field(ge=0, le=60)] = 2  # so many frames without a hand are interpolated
-    smooth: bool = True  # One-Euro filter over tracks, for states and actions
 
 
 @section
@@ -168,7 +167,13 @@ class Labels:
 class Skills:
     k: PositiveInt = 10
     embedding: Literal["auto", "videomae", "clip", "hand_motion"] = "auto"
+    also_k: tuple[PositiveInt, ...] = ()  # further numbers of clusters, found in the same pass
+    metric: Literal["euclidean", "cosine"] = "euclidean"  # cosine: spherical k-means
+    backend: Literal["auto", "torch", "faiss", "cuml"] = "auto"
     restarts: PositiveInt = 10
+    sample_rows: Annotated[int, Field(ge=1000)] = 262_144  # centroids are found on at most so many clips
+    sample_mib: PositiveInt = 512  # and at most so many MiB of their vectors
+    duplicate_cosine: Annotated[float, Field(gt=0, le=1)] | None = 0.99  # null: none are looked for
     projections: tuple[Literal["tsne", "umap"], ...] = ("tsne", "umap")
 
 
@@ -181,6 +186,7 @@ class Export:
     top: PositiveInt = 50  # at most so many episodes, best first
     schema: Literal["hands", "reference"] = "hands"
     action: Literal["compensated", "wrist"] = "compensated"  # without or with the camera's own motion
+    smooth: Literal["none", "action", "all"] = "action"  # One-Euro filter; on states it lags the picture
     codec: Literal["av1", "h264"] = "av1"
 
 
@@ -366,6 +372,8 @@ def _explain(error: ValidationError, tree: Mapping[str, Any], origin: str) -> li
             )
         if key.startswith("gate.min_"):
             message = "should be a number from 0 to 1, or {quantile: 0 to 1}"
+        if key == "gate.max_camera_motion":
+            message = "should be picture widths per second, {quantile: 0 to 1}, or null for any"
         lines.setdefault(key, f"{origin}: {key}={value!r}: {message}")
     return list(lines.values())
 

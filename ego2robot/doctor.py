@@ -18,7 +18,6 @@ from ego2robot.decode import policy
 PACKAGES = {
     "faiss": ("faster k-means", "pip install faiss-cpu (or faiss-gpu, never both)"),
     "umap": ("UMAP projection", "pip install umap-learn"),
-    "mediapipe": ("hand detection", "pip install mediapipe"),
     "cuml": ("k-means and projections on the GPU", "pip install cuml-cu13"),
     "triton": ("kernels on the GPU", "comes with torch's CUDA build"),
 }
@@ -118,7 +117,7 @@ def _packages() -> Iterator[Finding]:
 
 def _models() -> Iterator[Finding]:
     for model in models.installed():
-        ok = model.state == "ok"
+        ok = True if model.state == "ok" else False if model.needed else None
         hint = "" if ok else "ego2robot models pull"
         yield Finding("models", model.name, ok, f"{model.what}: {model.state}", hint)
     hub = Path(

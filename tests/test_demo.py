@@ -113,5 +113,13 @@ def test_a_damaged_run_fails_verify_with_exit_1(demo, tmp_path):
 def test_doctor_names_what_is_missing_and_what_to_do():
     said = ego2robot("doctor")
     assert said.returncode == 0 and "Traceback" not in said.stderr
-    for name in ("python", "cuda", "pyav", "torchcodec", "decord", "hand_landmarker.task", "videomae-base"):
+    for name in (
+        "python",
+        "cuda",
+        "pyav",
+        "torchcodec",
+        "decord",
+        "palm_detection_full.tflite",
+        "videomae-base",
+    ):
         assert name in said.stdout

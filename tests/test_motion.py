@@ -16,7 +16,7 @@ from ego2robot_kernels.motion import grey_small, motion
 from ego2robot.stages.motion import motion_scores
 from ego2robot.types import Clip, ClipFrames
 
-cv2 = pytest.importorskip("cv2", reason="OpenCV comes with mediapipe")
+cv2 = pytest.importorskip("cv2", reason="OpenCV comes with mediapipe", exc_type=ImportError)
 
 
 def opencv_motion(frames_THWC: np.ndarray, step: int = 2) -> float:

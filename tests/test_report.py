@@ -60,6 +60,7 @@ def hand_row(key: str, frame: int, time_s: float, side: str, landmarks: np.ndarr
         "score": 0.97,
         "box": [*xy.min(0), *xy.max(0)],
         "landmarks": landmarks.reshape(-1).tolist(),
+        "presence": 0.99,
         "world": (landmarks * 0.1).reshape(-1).tolist(),
     }
 
@@ -90,7 +91,8 @@ class Built:
             "clip_id": clip_id(unit["video_id"], first, CLIP_FRAMES, SAMPLE_FPS),
             **{key: unit[key] for key in ("video_id", "source", "name", "width", "height", "codec", "fps")},
             "start_s": first / SAMPLE_FPS, "end_s": (first + CLIP_FRAMES) / SAMPLE_FPS,
-            "n_frames": CLIP_FRAMES, "motion": 0.2, "hand_visibility": 1.0, "decision": "kept",
+            "n_frames": CLIP_FRAMES, "motion": 0.2, "residual_motion": 0.1,
+            "camera_motion": 0.3, "camera_confidence": 0.8, "hand_visibility": 1.0, "decision": "kept",
             "reason": None, "label": None, "label_score": None, "labels": None, "meta": [],
             **values,
         }  # fmt: skip

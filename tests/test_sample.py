@@ -97,16 +97,15 @@ def test_motion_tells_idle_from_the_rest(truth: dict[str, Any], sampled: list[np
 def test_the_detector_sees_the_hands_where_and_only_when_they_are(
     truth: dict[str, Any], sampled: list[np.ndarray]
 ) -> None:
-    pytest.importorskip("mediapipe")
     try:
-        models.hand_landmarker_path(pull_if_missing=True)
+        models.hand_networks("full", pull_if_missing=True)
     except UserError as error:
         pytest.skip(f"hand models cannot be had: {error}")
     import torch
 
-    from ego2robot.stages.hands import MediaPipeHands
+    from ego2robot.stages.hands_torch import TorchHands
 
-    with MediaPipeHands() as detector:
+    with TorchHands() as detector:
         frames = torch.from_numpy(np.stack(sampled))
         found = detector.detect(frames, np.arange(len(sampled)))
     seen: dict[str, list[bool]] = {"idle": [], "walking": [], "manipulating": []}

@@ -403,18 +403,17 @@ def test_smoothed_tracks_are_of_the_same_frames_and_raw_ones_are_the_default() -
 @pytest.fixture(scope="module")
 def detected() -> Iterator[list[Hand]]:
     """The hands of every third frame of 20 s of two hands at work, 10 frames/s."""
-    pytest.importorskip("mediapipe")
-    from ego2robot.stages.hands import MediaPipeHands
+    from ego2robot.stages.hands_torch import TorchHands
 
     if not SAMPLES.is_dir():
         pytest.skip("no ../shared/samples beside the project")
     try:
-        models.hand_landmarker_path(pull_if_missing=True)
+        models.hand_networks("full", pull_if_missing=True)
     except UserError as error:
         pytest.skip(f"hand models cannot be had: {error}")
     with av.open(str(SAMPLES / "two_hands_mixer_20s.mp4")) as container:
         frames = [f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(video=0)) if i % 3 == 0]
-    with MediaPipeHands() as detector:
+    with TorchHands() as detector:
         found = detector.detect(torch.from_numpy(np.stack(frames)), np.arange(len(frames)))
     yield [one for frame in found for one in frame]
 

@@ -13,14 +13,18 @@ import yaml
 SOURCE_LICENSES = {"egocentric10k": "apache-2.0"}
 
 STATE_TEXT = {
-    "hands": "for the left and then the right hand: visible (0 or 1), box (x_min, y_min, x_max, y_max) and "
-    "21 landmarks (x, y); 94 numbers, coordinates as shares of the picture's width and height, zeros while "
-    "the hand is not seen (gaps of one or two frames are interpolated)",
+    "hands": "for the left and then the right hand: visible (0 or 1), interpolated (1 where it was "
+    "not detected but lies in a short gap between detections), box (x_min, y_min, x_max, y_max) and "
+    "21 landmarks (x, y); 96 numbers, coordinates as shares of the picture's width and height, zeros while "
+    "the hand is not seen",
     "reference": "the box (x_min, y_min, x_max, y_max) of one hand as shares of the picture's width and "
     "height, zeros while it is not seen",
 }
 ACTION_TEXT = {
-    "hands": "motion (dx, dy) of the left and then the right wrist to the next frame, as shares of the "
+    "compensated": "motion (dx, dy) of the left and then the right wrist to the next frame over the still "
+    "scene: the camera's own motion, estimated from the picture, is taken off; shares of the picture's "
+    "width and height; zero where a wrist is not seen in both frames; the last one is repeated",
+    "wrist": "motion (dx, dy) of the left and then the right wrist to the next frame, as shares of the "
     "picture's width and height; zero where a wrist is not seen in both frames; the last one is repeated",
     "reference": "motion (dx, dy) of one wrist to the next frame, as shares of the picture's width and "
     "height, clipped to [-1, 1]; zero where it is not seen in both frames; the last one is repeated",
@@ -32,6 +36,7 @@ class Facts:
     """What the card reports. ``tasks`` and ``videos`` count episodes by task text and by video."""
 
     schema: str
+    action: str  # of ACTION_TEXT
     codec: str
     fps: int
     height: int
@@ -85,7 +90,7 @@ def _body(facts: Facts) -> str:
         f"Made by ego2robot {facts.version} from first-person video, in the LeRobot dataset format v3.0.",
         "> **Pseudo-actions, not robot actions.** Nobody drove a robot here. `observation.state` and "
         "`action` are positions and motions of *detected* hands in the *picture* (2D, in shares of its "
-        "width and height). They follow the head as well as the hands, know nothing of depth, grip or "
+        "width and height). They see the head move as well as the hands, know nothing of depth, grip or "
         "force, and cannot be executed by any robot. Use them to pre-train representations, not to control.",
         *_warnings(facts),
         "## Figures",
@@ -110,7 +115,7 @@ def _body(facts: Facts) -> str:
             [
                 ("`observation.images.top`", "the picture, on a regular grid of times"),
                 ("`observation.state`", STATE_TEXT[facts.schema]),
-                ("`action`", ACTION_TEXT[facts.schema]),
+                ("`action`", ACTION_TEXT[facts.action]),
             ],
         ),
         "`timestamp` is the frame's place on the grid; the real time of the picture in its video lies up to "

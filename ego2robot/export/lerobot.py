@@ -32,13 +32,16 @@ from ego2robot.export import stats, video
 from ego2robot.export.card import Facts, card, license_of
 from ego2robot.export.files import Limits, Place, TableFiles
 from ego2robot.sources.base import identity
-from ego2robot.stages import tracks
+from ego2robot.stages import camera, tracks
+from ego2robot.stages.one_euro import OneEuro
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
 from ego2robot.store.units import units_from_table
 from ego2robot.types import SIDES, Clip, ClipFrames, FrameSpec, Hand, Video
 
 Schema = Literal["hands", "reference"]
+ActionName = Literal["compensated", "wrist"]
+Smooth = Literal["none", "action", "all"]
 CodecName = Literal["av1", "h264"]
 
 VIDEO_KEY = "observation.images.top"
@@ -47,6 +50,7 @@ PROVENANCE = "meta/ego2robot.json"
 UNLABELLED = "unlabelled hand manipulation"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+CONTINUES_S = 2.0  # clips of one video that are no further apart share their hands' identities
 GROUP_FRAMES, GROUP_EPISODES = 4096, 256  # rows of a row group
 INDEX_FEATURES = {
     "timestamp": "float32",
@@ -69,6 +73,7 @@ NAMES: dict[Schema, tuple[list[str], list[str]]] = {
             for side in SIDES
             for part in (
                 "visible",
+                "interpolated",
                 *(f"box.{name}" for name in BOX),
                 *(f"{landmark}.{axis}" for landmark in LANDMARKS for axis in "xy"),
             )
@@ -114,6 +119,8 @@ def export_lerobot(
     top: int,
     schema: Schema = "hands",
     codec: CodecName = "av1",
+    action: ActionName = "compensated",
+    smooth: Smooth = "action",
     progress: Callable[[int, int], None] | None = None,
     limits: Limits | None = None,
 ) -> ExportResult:
@@ -125,8 +132,11 @@ def export_lerobot(
 
     Args:
         out: the dataset's folder; an earlier export in it is replaced, anything else refused.
-        schema: ``hands``: state float32 [94], action float32 [4]; ``reference``: [4] and [2]. Both are
+        schema: ``hands``: state float32 [96], action float32 [4]; ``reference``: [4] and [2]. Both are
             2D pseudo-actions in shares of the picture.
+        action: of ``hands``: ``compensated`` takes the camera's motion off the wrists', ``wrist`` does not.
+        smooth: of ``hands``: what goes through a One-Euro filter: ``none``, the compensated ``action``, or
+            ``all``, states too.
         progress: told (clips done, clips chosen).
         limits: when a new file begins; LeRobot's own by default.
 
@@ -146,7 +156,7 @@ def export_lerobot(
         try:
             aside.mkdir()
             spec = FrameSpec(run.config.frames.height, run.config.frames.width, run.config.frames.fit)
-            job = _Job(run, aside, fps, spec, schema, codec, limits or Limits())
+            job = _Job(run, aside, fps, spec, schema, codec, action, smooth, limits or Limits())
             job.write(picks, progress)
             job.finish(ranked_by, counts)
             _publish(aside, out)
@@ -232,6 +242,8 @@ class _Job:
     spec: FrameSpec
     schema: Schema
     codec: CodecName
+    action: ActionName
+    smooth: Smooth
     limits: Limits
     episodes: int = 0
     frames: int = 0
@@ -243,6 +255,7 @@ class _Job:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     pixels: stats.PixelHistogram = field(default_factory=stats.PixelHistogram)
     data_paths: list[Path] = field(default_factory=list)
+    before: tuple[Clip, tracks.Followed] | None = None  # the latest episode's hands
 
     def write(self, picks: Sequence[Chosen], progress: Callable[[int, int], None] | None) -> None:
         """Decodes, encodes and appends every chosen clip, video by video."""
@@ -298,7 +311,7 @@ class _Job:
         """Appends one episode to video, data and meta/episodes."""
         n = len(found.frames_THWC)
         task_index = self.tasks.setdefault(pick.task, len(self.tasks))
-        state, action, seen = state_and_action(hands, n, self.schema)
+        state, action, seen = self._state_and_action(found, hands)
         columns: dict[str, np.ndarray] = {
             STATE: state,
             ACTION: action,
@@ -324,6 +337,46 @@ class _Job:
         self.task_counts[pick.task] += 1
         self.video_counts[pick.row["name"]] += 1
         self.licenses.add((pick.row["source"], pick.row["meta"].get("license")))
+
+    def _state_and_action(
+        self, found: ClipFrames, hands: Sequence[Hand]
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """State float32 [n, 96 or 4], action float32 [n, 4 or 2], and the number of frames with a hand."""
+        n = len(found.frames_THWC)
+        aspect = self.spec.width / self.spec.height
+        asked = self.run.config.hands
+        dealt = self._follow(found.clip, hands, n, aspect)
+        seen = int(np.logical_or.reduce([dealt.tracks[side].visible for side in SIDES]).sum())
+        if self.schema == "reference":
+            return tracks.reference_state(hands, n), tracks.reference_action(hands, n), seen
+        shown = dealt.tracks
+        if self.smooth == "all":
+            shown = tracks.tracks_of(dealt, n, asked.max_gap, self.fps, aspect, OneEuro())
+        if self.action == "wrist":
+            action = tracks.wrist_action(shown)
+        else:
+            path = camera.camera_path(found, hands)
+            filter_ = None if self.smooth == "none" else OneEuro()
+            action = camera.compensated_wrist_action(dealt.tracks, path, filter_, self.fps)
+        return state_of(shown), action, seen
+
+    def _follow(self, clip: Clip, hands: Sequence[Hand], n: int, aspect: float) -> tracks.Followed:
+        """Both hands of a clip; where it goes on from the episode before it, so do they."""
+        asked = self.run.config.hands
+        looked = range(n) if asked.dense else range(0, n, asked.every)
+        followed = None
+        if self.before and self.before[0].video_id == clip.video_id:
+            earlier, dealt = self.before
+            offset = clip.first - earlier.first
+            if 0 <= offset <= earlier.n_frames + CONTINUES_S * clip.sample_fps:
+                followed = tracks.continue_tracks(
+                    dealt, hands, n, offset, max_gap=asked.max_gap, looked=looked, fps=self.fps, aspect=aspect
+                )
+        followed = followed or tracks.follow(
+            hands, n, max_gap=asked.max_gap, looked=looked, fps=self.fps, aspect=aspect
+        )
+        self.before = clip, followed
+        return followed
 
     def _episode_row(
         self,
@@ -376,6 +429,8 @@ class _Job:
             "version": __version__,
             "schema": self.schema,
             "codec": self.codec,
+            "action": self.action,
+            "smooth": self.smooth,
             "pseudo_actions": True,
             "ranked_by": ranked_by,
             "random_weights": randoms,
@@ -386,6 +441,7 @@ class _Job:
         atomic.write_json(self.folder / PROVENANCE, provenance)
         facts = Facts(
             schema=self.schema,
+            action=self.action if self.schema == "hands" else "reference",
             codec=self.codec,
             fps=self.fps,
             height=self.spec.height,
@@ -533,7 +589,7 @@ def _hands_by_clip(table: pa.Table) -> dict[str, list[Hand]]:
     for row in table.to_pylist():
         landmarks, world = (np.asarray(row[k], np.float32).reshape(-1, 3) for k in ("landmarks", "world"))
         box = np.asarray(row["box"], np.float32)
-        hand = Hand(row["frame"], row["side"], row["score"], box, landmarks, world)
+        hand = Hand(row["frame"], row["side"], row["score"], box, landmarks, world, row["presence"])
         found.setdefault(row["clip_id"], []).append(hand)
     for hands in found.values():
         hands.sort(key=lambda hand: (hand.frame, hand.side))
@@ -543,19 +599,14 @@ def _hands_by_clip(table: pa.Table) -> dict[str, list[Hand]]:
 # -- features and tables --------------------------------------------------------------------------
 
 
-def state_and_action(hands: Sequence[Hand], n: int, schema: Schema) -> tuple[np.ndarray, np.ndarray, int]:
-    """State float32 [n, 94 or 4], action float32 [n, 4 or 2], and the number of frames with a hand."""
-    followed = tracks.tracks(hands, n)
-    seen = int(np.logical_or.reduce([followed[side].visible for side in SIDES]).sum())
-    if schema == "reference":
-        return tracks.reference_state(hands, n), tracks.reference_action(hands, n), seen
+def state_of(shown: tracks.Tracks) -> np.ndarray:
+    """float32 [n, 96], as ``NAMES["hands"]`` says; zeros where a hand is not seen."""
     parts = []
     for side in SIDES:
-        track = followed[side]
-        landmarks = track.landmarks[:, :, :2].reshape(n, -1)
-        parts += [track.visible[:, None], track.box, landmarks]
-    state = np.concatenate(parts, 1).astype(np.float32)
-    return state, tracks.wrist_action(followed), seen
+        track = shown[side]
+        landmarks = track.landmarks[:, :, :2].reshape(len(track.visible), -1)
+        parts += [track.visible[:, None], track.interpolated[:, None], track.box, landmarks]
+    return np.concatenate(parts, 1).astype(np.float32)
 
 
 def data_schema(features: Mapping[str, Mapping[str, Any]]) -> pa.Schema:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
+from ego2robot.jobs.worker import SCORES
 from ego2robot.stages import hand_motion
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
@@ -158,9 +160,10 @@ def _row_problems(row: dict, duration_s: float) -> list[str]:
         found.append(
             f"clips: {clip} spans {row['start_s']} to {row['end_s']} s of a {duration_s:.3f} s video"
         )
-    for score in ("motion", "hand_visibility"):
+    for score in SCORES:
         value = row[score]
-        if value is not None and not 0 <= value <= 1:
+        limit = math.inf if score == "camera_motion" else 1
+        if value is not None and not 0 <= value <= limit:
             found.append(f"clips: {clip} has {score} {value}")
     if row["decision"] == "kept" and row["motion"] is None:
         found.append(f"clips: {clip} is kept without a motion score")

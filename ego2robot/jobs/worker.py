@@ -21,10 +21,14 @@ from ego2robot import config, decode
 from ego2robot.decode import policy
 from ego2robot.stages import hand_motion
 from ego2robot.stages.base import HandDetector, Preprocess
+from ego2robot.stages.camera import camera_scores
 from ego2robot.stages.gate import Gate
-from ego2robot.stages.hands import MediaPipeHands, visibility
+from ego2robot.stages.hands import visibility
+from ego2robot.stages.hands_torch import TorchHands
 from ego2robot.stages.motion import motion_scores
 from ego2robot.types import Clip, ClipFrames, Decision, FrameSpec, Hand, Unit
+
+SCORES = ("motion", "residual_motion", "camera_motion", "camera_confidence", "hand_visibility")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Scoring:
         gate: None scores every clip on everything and keeps none (calibration of quantiles).
         preprocess: of the embedders that will want survivors.
         device: where frames are decoded to.
+        hands_dtype: what the hand networks compute in.
     """
 
     cfg: config.Config
     gate: Gate | None
     preprocess: tuple[Preprocess, ...] = ()
     device: str = "cpu"
+    hands_dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -48,6 +54,8 @@ class ScoredClip:
     """One clip after the gates.
 
     Attributes:
+        scores: ``motion``, ``residual_motion``, ``camera_motion``, ``camera_confidence`` and
+            ``hand_visibility``, as far as they were looked at.
         hands: what was found, in any looked-at frame.
         times_s: float64 [T], presentation time of each sampled frame.
         prepared: embedder to uint8 [T, h, w, 3], for a kept clip.
@@ -58,8 +66,7 @@ class ScoredClip:
     clip: Clip
     decision: Decision
     reason: str | None = None
-    motion: float | None = None
-    visibility: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
     hands: list[Hand] = field(default_factory=list)
     times_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
     prepared: dict[str, np.ndarray] = field(default_factory=dict)
@@ -103,9 +110,7 @@ def scoring(work: Scoring) -> Callable[[Unit], Iterator[ScoredClip]]:
     torch.set_num_threads(1)  # one process per core; threads of several would only fight
     return_large_blocks()
     cfg = work.cfg
-    detector: HandDetector | None = None
-    if cfg.hands.detector == "mediapipe":
-        detector = MediaPipeHands(cfg.hands.max_hands, cfg.hands.min_detection, cfg.hands.min_presence)
+    detector = hand_detector(work)
     spec = FrameSpec(cfg.frames.height, cfg.frames.width, cfg.frames.fit)
 
     def score(unit: Unit) -> Iterator[ScoredClip]:
@@ -128,26 +133,43 @@ def scoring(work: Scoring) -> Callable[[Unit], Iterator[ScoredClip]]:
     return score
 
 
+def hand_detector(work: Scoring) -> HandDetector | None:
+    """The detector that a recipe asks for; None for none."""
+    hands = work.cfg.hands
+    if hands.detector == "none":
+        return None
+    return TorchHands(
+        hands.max_hands,
+        hands.min_detection,
+        hands.min_presence,
+        device=work.device,
+        dtype=work.hands_dtype,
+        networks=hands.detector,
+    )
+
+
 def _score_clip(
     frames: ClipFrames, work: Scoring, detector: HandDetector | None, watch: Stopwatch
 ) -> ScoredClip:
     cfg, gate = work.cfg, work.gate
     n = len(frames.frames_THWC)
-    motion = float(motion_scores([frames])[0])
+    scored = ScoredClip(frames.clip, "dropped", times_s=frames.times_s)
+    scored.scores["motion"] = float(motion_scores([frames])[0])
     watch.lap("motion")
-    scored = ScoredClip(frames.clip, "dropped", motion=motion, times_s=frames.times_s)
-    if gate:
-        scored.reason = gate.refuses_motion(motion)
-        if scored.reason:
-            return scored
-    if detector:
+    scored.reason = gate.refuses_motion(scored.scores["motion"]) if gate else None
+    if detector and not scored.reason:
         looked = np.arange(0, n, cfg.hands.every)
         found = detector.detect(frames.frames_THWC, looked, frames.content)
-        scored.visibility = visibility(found)
+        scored.scores["hand_visibility"] = visibility(found)
         scored.hands = [hand for hands in found for hand in hands]
         watch.lap("hands")
-        if gate:
-            scored.reason = gate.refuses_hands(scored.visibility)
+        scored.reason = gate.refuses_hands(scored.scores["hand_visibility"]) if gate else None
+    # Hands that are known are left out: the rest of the picture tells more of the camera.
+    camera = camera_scores([frames], [scored.hands])
+    scored.scores |= {name: float(values[0]) for name, values in camera.items()}
+    watch.lap("camera")
+    if gate and not scored.reason:
+        scored.reason = gate.refuses_camera(scored.scores["residual_motion"], scored.scores["camera_motion"])
     if scored.reason or not gate:
         return scored
     scored.decision = "kept"
@@ -185,8 +207,7 @@ def rows_of(scored: ScoredClip, unit: Unit) -> tuple[dict[str, Any], list[dict[s
         "width": info.width,
         "height": info.height,
         "codec": info.codec,
-        "motion": scored.motion,
-        "hand_visibility": scored.visibility,
+        **{name: scored.scores.get(name) for name in SCORES},
         "decision": scored.decision,
         "reason": scored.reason,
         "label": None,
@@ -201,6 +222,7 @@ def rows_of(scored: ScoredClip, unit: Unit) -> tuple[dict[str, Any], list[dict[s
             "time_s": float(scored.times_s[hand.frame]),
             "side": hand.side,
             "score": hand.score,
+            "presence": hand.presence,
             "box": hand.box.tolist(),
             "landmarks": hand.landmarks.reshape(-1).tolist(),
             "world": hand.world.reshape(-1).tolist(),

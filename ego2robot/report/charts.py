@@ -104,9 +104,18 @@ class Series:
 
 
 def histogram(
-    edges: np.ndarray, series: Sequence[Series], threshold: float | None, x_label: str, label: str
+    edges: np.ndarray,
+    series: Sequence[Series],
+    threshold: float | None,
+    x_label: str,
+    label: str,
+    most: float,
 ) -> Markup:
-    """Stacked bars over ``edges`` (float64 [bins + 1]) with a line at the threshold."""
+    """Stacked bars over ``edges`` (float64 [bins + 1]) with a line at the threshold.
+
+    Args:
+        most: the largest possible score; a last bin that opens there has no tick at its end.
+    """
     low, high = float(edges[0]), float(edges[-1])
     if threshold is not None:
         high = max(high, threshold * 1.05)
@@ -121,8 +130,7 @@ def histogram(
         return floor - (floor - TOP) * count / peak
 
     parts = _frame(
-        # Scores are shares: a last bin that opens at 1 has no tick at its end.
-        ((x(t), short(t)) for t in ticks(min(high, 1.0), 6, low)),
+        ((x(t), short(t)) for t in ticks(min(high, most), 6, low)),
         ((y(t), short(t)) for t in ticks(peak, 4) if t == int(t)),
         x_label,
         "clips",

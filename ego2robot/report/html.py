@@ -30,6 +30,7 @@ N_KEPT, N_DROPPED, N_FAILED = 24, 16, 24
 N_SKILL_PICTURES, N_EXAMPLES = 120, 5
 N_SKILLS, N_TAGS, N_LABELS, N_POINTS, N_QUARANTINE, N_MOMENTS = 200, 24, 40, 4000, 200, 240
 FINE = 1 << 13  # bins that scores are counted in, before they are made coarser for display
+CAMERA_MOST = 4.0  # picture widths per second; faster cameras are counted as this fast
 PROJECTIONS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
@@ -81,7 +82,27 @@ def render(run: RunDir, progress: Progress | None = None) -> str:
         # Random weights are called random wherever their output is shown.
         random_labels=" (random)" if "clip" in random else "",
         random_skills=" (random)" if skills and skills.about.get("random") else "",
-        motion=motion_chart(survey, gate),
+        motion=score_chart(
+            survey.motion,
+            gate["min_motion"],
+            1.0,
+            "motion, share of full scale",
+            "Motion of the judged clips",
+        ),
+        residual=score_chart(
+            survey.residual,
+            gate["min_residual_motion"],
+            1.0,
+            "residual motion, share of full scale",
+            "Motion of the judged clips without the camera's",
+        ),
+        camera=score_chart(
+            survey.camera,
+            gate["max_camera_motion"],
+            CAMERA_MOST,
+            "camera motion, picture widths per second",
+            "Motion of the camera in the judged clips",
+        ),
         visibility=visibility_chart(survey, gate, cfg),
         gate=gate,
         survey=survey,
@@ -161,12 +182,15 @@ class Survey:
     """What one pass over ``clips`` finds.
 
     Attributes:
-        motion, visibility: int64 [FINE + 1] per outcome: clips by score, in steps of 1 / FINE.
+        motion, residual, camera, visibility: int64 [FINE + 1] per outcome: clips by score, in steps of
+            1 / FINE; the camera's motion in shares of CAMERA_MOST.
         unseen: judged clips in which nobody looked for hands.
         kept_s: seconds of kept clips.
     """
 
     motion: dict[str, np.ndarray] = field(default_factory=dict)
+    residual: dict[str, np.ndarray] = field(default_factory=dict)
+    camera: dict[str, np.ndarray] = field(default_factory=dict)
     visibility: dict[str, np.ndarray] = field(default_factory=dict)
     unseen: int = 0
     kept_s: float = 0.0
@@ -179,21 +203,24 @@ OUTCOMES = {
     "kept": "kept",
     "motion": "dropped: motion",
     "hands": "dropped: hands",
+    "camera": "dropped: camera",
     "other": "dropped: other",
 }
 
 
 def outcome(decision: str, reason: str | None) -> str:
-    """``kept``, ``failed``, or which gate dropped a clip: ``motion``, ``hands`` or ``other``."""
+    """``kept``, ``failed``, or which gate dropped a clip: ``motion``, ``hands``, ``camera`` or ``other``."""
     if decision != "dropped":
         return decision
-    return {"motion": "motion", "hand": "hands"}.get((reason or "").partition(" ")[0], "other")
+    gate = {"motion": "motion", "hand": "hands", "residual": "camera", "camera": "camera"}
+    return gate.get((reason or "").partition(" ")[0], "other")
 
 
 def scan(run: RunDir) -> Survey:
     """One pass over all clips, in memory that does not depend on their number."""
     found = Survey()
-    columns = ["clip_id", "start_s", "end_s", "motion", "hand_visibility", "decision", "reason"]
+    columns = ["clip_id", "start_s", "end_s", "motion", "residual_motion", "camera_motion"]
+    columns += ["hand_visibility", "decision", "reason"]
     for _, batch in committed(run, "clips", columns):
         for decision, reason, chosen in _by_reason(batch):
             keys = chosen["clip_id"].to_pylist()
@@ -207,6 +234,8 @@ def scan(run: RunDir) -> Survey:
                 found.dropped.setdefault(reason, Smallest(N_DROPPED)).add(keys)
             kind = outcome(decision, reason)
             _count(found.motion, kind, chosen["motion"])
+            _count(found.residual, kind, chosen["residual_motion"])
+            _count(found.camera, kind, pc.divide(chosen["camera_motion"], CAMERA_MOST))
             _count(found.visibility, kind, chosen["hand_visibility"])
             found.unseen += chosen["hand_visibility"].null_count
     return found
@@ -300,12 +329,12 @@ class Threshold:
 def thresholds(run: RunDir) -> dict[str, Threshold]:
     stored = run.read_json("plan/gate.json") or {}
     found = {}
-    for key in ("min_motion", "min_hand_visibility"):
+    for key in ("min_motion", "min_residual_motion", "max_camera_motion", "min_hand_visibility"):
         asked = getattr(run.config.gate, key)
         if isinstance(asked, config.Quantile):
             found[key] = Threshold(stored.get(key), f"quantile {asked.quantile:g} of this run's clips")
         else:
-            found[key] = Threshold(stored.get(key, asked), "absolute")
+            found[key] = Threshold(stored.get(key, asked), "absolute" if asked else "off")
     return found
 
 
@@ -576,7 +605,8 @@ class FunnelRow:
 
 def funnel_rows(counts: Funnel) -> list[FunnelRow]:
     """Planned → decoded → moving → with hands; each row with what was lost on the way to it."""
-    by_gate: dict[str, list[tuple[str, int, str]]] = {"motion": [], "hands": [], "other": []}
+    gates = ("motion", "hands", "camera", "other")
+    by_gate: dict[str, list[tuple[str, int, str]]] = {gate: [] for gate in gates}
     for reason, n in counts.dropped.items():
         kind = outcome("dropped", reason)
         by_gate[kind].append((reason, n, kind))
@@ -588,6 +618,8 @@ def funnel_rows(counts: Funnel) -> list[FunnelRow]:
         ("Moving", "passed the motion gate", by_gate["motion"]),
         ("Hands in sight", "passed the hand gate", by_gate["hands"]),
     ]
+    if by_gate["camera"]:
+        steps.append(("Not the camera", "passed the camera gate", by_gate["camera"]))
     if by_gate["other"]:
         steps.append(("Kept", "", by_gate["other"]))
     rows, left = [], counts.planned
@@ -602,25 +634,31 @@ def funnel_rows(counts: Funnel) -> list[FunnelRow]:
     return rows
 
 
-def motion_chart(survey: Survey, gate: Mapping[str, Threshold]) -> Markup | None:
-    """Up to forty bins as far as the largest score; fewer where there are few clips to fill them."""
-    if not survey.motion:
+def score_chart(
+    found: Mapping[str, np.ndarray], threshold: Threshold, most: float, axis: str, label: str
+) -> Markup | None:
+    """Up to forty bins as far as the largest score; fewer where there are few clips to fill them.
+
+    Args:
+        found: int64 [FINE + 1] per outcome, scores in shares of ``most``.
+    """
+    if not found:
         return None
-    n_clips = sum(int(counts.sum()) for counts in survey.motion.values())
+    n_clips = sum(int(counts.sum()) for counts in found.values())
     wanted = min(40, max(12, math.ceil(2 * math.sqrt(n_clips))))
-    last = max(int(np.flatnonzero(counts)[-1]) for counts in survey.motion.values())
-    value = gate["min_motion"].value
-    last = max(last + 1, math.ceil((value or 0) * FINE * 1.1), wanted)
+    last = max(int(np.flatnonzero(counts)[-1]) for counts in found.values())
+    value = threshold.value or None
+    last = max(last + 1, math.ceil((value or 0) / most * FINE * 1.1), wanted)
     step = math.ceil(last / wanted)
     n_bins = math.ceil(last / step)
     series = []
     for kind, name in OUTCOMES.items():
-        if kind in survey.motion:
+        if kind in found:
             padded = np.zeros(max(n_bins * step, FINE + 1), np.int64)
-            padded[: FINE + 1] = survey.motion[kind]
+            padded[: FINE + 1] = found[kind]
             series.append(charts.Series(name, kind, padded[: n_bins * step].reshape(n_bins, step).sum(1)))
-    edges = np.arange(n_bins + 1) * step / FINE
-    return charts.histogram(edges, series, value, "motion, share of full scale", "Motion of the judged clips")
+    edges = np.arange(n_bins + 1) * step / FINE * most
+    return charts.histogram(edges, series, value, axis, label, most)
 
 
 def visibility_chart(survey: Survey, gate: Mapping[str, Threshold], cfg: config.Config) -> Markup | None:
@@ -637,7 +675,7 @@ def visibility_chart(survey: Survey, gate: Mapping[str, Threshold], cfg: config.
     ]
     value, axis = gate["min_hand_visibility"].value, "share of looked-at frames with a hand"
     label = "Hand visibility of the clips that were looked at"
-    return charts.histogram(np.arange(n + 2) / n, series, value, axis, label)
+    return charts.histogram(np.arange(n + 2) / n, series, value, axis, label, 1.0)
 
 
 def work_charts(work: Work) -> list[tuple[str, str, Markup]]:

@@ -11,6 +11,7 @@ import torch
 
 from ego2robot import models
 from ego2robot.hands_net.pipeline import FoundHands, HandNet
+from ego2robot.stages.inference import compute_dtype
 from ego2robot.stages.sides import Candidate, one_per_side, within
 from ego2robot.types import Hand
 
@@ -18,6 +19,11 @@ from ego2robot.types import Hand
 _FRAMES = {"cpu": 8, "cuda": 128}
 # Larger frames go in smaller passes. Pixels of a frame of 640 x 360.
 _PIXELS = 640 * 360
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """float16 on a GPU, bfloat16 on a CPU that multiplies it (AVX512-BF16, AMX), else float32."""
+    return torch.float16 if torch.device(device).type == "cuda" else compute_dtype("cpu")
 
 
 class TorchHands:
@@ -28,8 +34,8 @@ class TorchHands:
         min_detection: confidence of the palm detector, 0..1.
         min_presence: confidence of the landmark network that there is a hand, 0..1.
         device: where the networks run; frames that are elsewhere are copied there.
-        dtype: what the networks compute in, see :class:`HandNet`: float32 on a CPU, bfloat16 on one that
-            multiplies it (AVX512-BF16, AMX), float16 on a GPU.
+        dtype: what the networks compute in, see :class:`HandNet`; None: :func:`default_dtype`.
+        networks: ``full``, or ``lite``: smaller, faster, less sure.
 
     Raises:
         UserError: the networks are missing or damaged.
@@ -41,14 +47,14 @@ class TorchHands:
         min_detection: float = 0.5,
         min_presence: float = 0.5,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        networks: models.Networks = "full",
     ) -> None:
         self._device = torch.device(device)
         self._net: HandNet | None = HandNet(
-            models.network_path("palm_detection_full.tflite"),
-            models.network_path("hand_landmark_full.tflite"),
+            *models.hand_networks(networks),
             self._device,
-            dtype,
+            dtype or default_dtype(device),
             max_hands,
             min_detection,
             min_presence,

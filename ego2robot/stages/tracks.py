@@ -401,6 +401,13 @@ def _track(
     return Track(visible, interpolated, box, landmarks)
 
 
+def tracks_of(
+    followed: Followed, n_frames: int, max_gap: int, fps: float, aspect: float, smooth: OneEuro | None
+) -> Tracks:
+    """The tracks of hands that were dealt already, with other gaps or another filter; see :func:`follow`."""
+    return {side: _track(followed.dealt[side], n_frames, max_gap, fps, aspect, smooth) for side in SIDES}
+
+
 def wrist_action(followed: Tracks) -> np.ndarray:
     """The motion of both wrists from each frame to the next, in shares of the frame.
 

@@ -56,6 +56,11 @@ CLIPS = pa.schema(
         _field("height", pa.int32(), "pixels as displayed", False),
         _field("codec", pa.string(), "", False),
         _field("motion", pa.float32(), "mean absolute grey difference, share of full scale"),
+        _field(
+            "residual_motion", pa.float32(), "motion after the camera's is taken out, share of full scale"
+        ),
+        _field("camera_motion", pa.float32(), "speed of the picture as a whole, picture widths per second"),
+        _field("camera_confidence", pa.float32(), "of the estimate of the camera's motion, 0 to 1"),
         _field("hand_visibility", pa.float32(), "share of looked-at frames with a hand; null: not looked"),
         _field("decision", pa.string(), "kept, dropped or failed", False),
         _field("reason", pa.string(), "null when kept"),
@@ -73,6 +78,7 @@ HANDS = pa.schema(
         _field("time_s", pa.float64(), "real presentation time, from the video's first frame", False),
         _field("side", pa.string(), "left or right, the person's own", False),
         _field("score", pa.float32(), "of the side", False),
+        _field("presence", pa.float32(), "score of the network that there is a hand", False),
         _field("box", pa.list_(pa.float32(), 4), "x_min, y_min, x_max, y_max; share of the frame", False),
         _field(
             "landmarks",
