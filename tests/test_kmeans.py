@@ -11,7 +11,16 @@ from sklearn.metrics import adjusted_rand_score
 
 from ego2robot.errors import UserError
 from ego2robot.skills import kmeans as module
-from ego2robot.skills.kmeans import BackendName, KMeansResult, kmeans, lloyd, plus_plus
+from ego2robot.skills.kmeans import (
+    BackendName,
+    KMeansResult,
+    Rows,
+    kmeans,
+    lloyd,
+    nearest_by,
+    nearest_exactly,
+    plus_plus,
+)
 
 
 @pytest.fixture(params=["torch", "faiss"])
@@ -138,8 +147,8 @@ def test_clusters_that_run_empty_are_put_on_the_farthest_rows(backend: BackendNa
     start = torch.full((5, x.shape[1]), 1e4)
     start += torch.arange(5)[:, None]
     start[0] = 0.0
-    _, nearest = module._backend(backend, 5, "cpu")
-    centroids, _ = lloyd(rows, start, nearest, max_iter=100, min_shift=0.0)
+    _, nearest = nearest_by(backend, 5, "cpu")
+    centroids, _ = lloyd(Rows(rows), start, nearest, max_iter=100, min_shift=0.0)
     labels = nearest(rows, centroids)
     assert adjusted_rand_score(truth, labels) == 1.0
 
@@ -147,9 +156,9 @@ def test_clusters_that_run_empty_are_put_on_the_farthest_rows(backend: BackendNa
 def test_a_cluster_emptied_by_the_last_move_is_repaired(backend: BackendName) -> None:
     """With no iteration left, the final assignment still gives every cluster a row."""
     x = np.concatenate([np.zeros((50, 2)), np.full((50, 2), 10.0), [[100.0, 0.0]]]).astype(np.float32)
-    _, nearest = module._backend(backend, 3, "cpu")
+    _, nearest = nearest_by(backend, 3, "cpu")
     start = torch.tensor([[0.0, 0.0], [500.0, 500.0], [600.0, 600.0]])
-    centroids, assignment, squared = module._settle(torch.from_numpy(x), start, nearest)
+    centroids, assignment, squared = module._settle(Rows(torch.from_numpy(x)), start, nearest)
     assert torch.bincount(assignment).tolist() == [50, 50, 1] or torch.bincount(assignment).tolist() == [
         50,
         1,
@@ -209,7 +218,7 @@ def test_start_tells_rows_apart_that_a_matrix_product_cannot() -> None:
     different = 100 + np.random.default_rng(0).normal(scale=1e-2, size=(60, 16))
     x = torch.from_numpy(np.repeat(different.astype(np.float32), 20, axis=0))
     for k in (60, 80):
-        start = plus_plus(x, k, np.random.default_rng(k)).numpy()
+        start = plus_plus(Rows(x), k, np.random.default_rng(k)).numpy()
         assert len(start) == len(np.unique(start, axis=0)) == 60
 
 
@@ -217,10 +226,10 @@ def test_start_is_different_rows_and_finds_small_far_groups() -> None:
     x, truth = blobs(n=1000, centers=10)
     x = np.concatenate([x, x[:200]])  # duplicates must not be drawn twice
     for seed in range(10):
-        start = plus_plus(torch.from_numpy(x), 10, np.random.default_rng(seed)).numpy()
+        start = plus_plus(Rows(torch.from_numpy(x)), 10, np.random.default_rng(seed)).numpy()
         found = {int(truth[np.abs(x[:1000] - row).sum(axis=1).argmin()]) for row in start}
         assert len(found) == 10
-    start = plus_plus(torch.from_numpy(x), 300, np.random.default_rng(0)).numpy()
+    start = plus_plus(Rows(torch.from_numpy(x)), 300, np.random.default_rng(0)).numpy()
     assert len(np.unique(start, axis=0)) == 300
 
 

@@ -1,151 +1,229 @@
-"""Skills: the clusters of a run's embeddings, how good they are, and what they are called."""
+"""Skills: the clusters of a run's embeddings, how good they are, and what they are called.
+
+Centroids are found on a sample of stated size; then every vector is assigned, unit by unit, by one process
+or by shards. Memory depends on the configuration, not on the number of clips.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from ego2robot import config as configuration
 from ego2robot.errors import UserError
 from ego2robot.skills import table
-from ego2robot.skills.kmeans import KMeansResult, kmeans
+from ego2robot.skills.assignment import (
+    Details,
+    Fit,
+    Shard,
+    Survey,
+    Work,
+    assign_rows,
+    between,
+    ranges,
+    survey,
+    unit_rows,
+)
+from ego2robot.skills.duplicates import Duplicates
+from ego2robot.skills.kmeans import Metric, kmeans
 from ego2robot.skills.projection import project
+from ego2robot.skills.vectors import Sample, Vectors, require_once, sample
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
+from ego2robot.types import short_id
 
 PREFERENCE = ("videomae", "clip", "hand_motion")
 SILHOUETTE_SAMPLE = 5_000
+STABILITY_SAMPLE, STABILITY_ROWS = 20_000, 50  # rows looked at; the least per cluster where they are a part
 STABILITY_RUNS = 5
 N_EXAMPLES = 6
+MERGE_ROWS = 1 << 20  # of the final table, sorted at a time
+# Beyond so many row-centroid pairs an iteration takes seconds, and starts hardly differ any more:
+# one start and few iterations, as faiss does.
+LARGE, LARGE_ITERATIONS = 1 << 25, 25
 
 Progress = Callable[[str], None]  # told what begins
 
-
-@dataclass(frozen=True)
-class Embeddings:
-    """One embedding of a run, sorted by clip id.
-
-    Attributes:
-        name: folder under ``embeddings/``.
-        clip_ids: N strings, ascending, each once.
-        x_ND: float32, finite.
-        weights: hub id or folder they were made with.
-        random: the weights were random.
-    """
-
-    name: str
-    clip_ids: pa.Array
-    x_ND: np.ndarray
-    weights: str
-    random: bool
+PLANE = ("tsne_x", "tsne_y", "umap_x", "umap_y")
+DUPLICATE_FIELDS = [
+    pa.field(
+        "duplicate_group",
+        pa.string(),
+        metadata={
+            "description": "clip that stands for this one's near-duplicates, itself too; null: has none"
+        },
+    ),
+    pa.field("duplicate_cosine", pa.float32(), metadata={"description": "to the clip that stands for it"}),
+    pa.field(
+        "representative",
+        pa.bool_(),
+        nullable=False,
+        metadata={"description": "false: a near-duplicate of a better clip"},
+    ),
+]
 
 
 def cluster(
     run: RunDir, config: configuration.Skills, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Finds the skills of a run and writes ``skills/`` (``skills.json`` last, so that it stands for
-    a complete folder). What an earlier call left is replaced.
+    a complete folder). What an earlier call left is replaced; what an interrupted one or
+    :func:`cluster_shard` has done with the same vectors and settings is used.
 
-    Vectors are clustered as they are stored, by k-means (:func:`ego2robot.skills.kmeans.kmeans`) on the
-    run's ``device``. Skills are numbered by size, largest first, ties by their medoid's id. The result
-    depends on the clips, not on the order in which they were processed.
+    Vectors are clustered as they are stored (``metric=cosine``: divided by their length), by k-means
+    (:func:`ego2robot.skills.kmeans.kmeans`) on the run's ``device``, on a sample of at most
+    ``sample_rows`` rows and ``sample_mib``; then each is assigned to the nearest centroid. Skills are
+    numbered by size, largest first, ties by their medoid's id. The result depends on the clips, not on
+    the order in which they were processed, the files they are in or the number of shards.
 
     Returns:
         The body of ``skills.json``: ``silhouette`` (on a seeded sample of at most 5,000 clips) and
-        ``stability`` (mean adjusted Rand index between 5 runs of other seeds, one start each) are None
-        unless 2 ≤ k < clips; ``imbalance`` is the largest skill over the mean size; ``warnings`` are
-        lines for a person. A skill's ``medoid`` is the clip nearest to its centroid, which is also the
-        one with the smallest sum of squared distances to the others; ``examples`` the nearest six.
+        ``stability`` (mean adjusted Rand index between 5 runs of other seeds, one start each, on at most
+        20,000 clips) are None unless 2 ≤ k < clips; ``imbalance`` is the largest skill over the mean size;
+        ``warnings`` are lines for a person. A skill's ``medoid`` is the clip nearest to its centroid, which
+        is also the one with the smallest sum of squared distances to the others where all clips were in
+        the sample; ``examples`` the nearest six. ``also`` has the figures for each ``also_k``, whose
+        skills are the columns ``skill_k<K>`` and ``distance_k<K>``.
 
     Raises:
         UserError: the embedding that was asked for is not there, or holds vectors that are not finite
             or clips that occur twice.
     """
     tell = progress or (lambda _: None)
-    clips = run.table("clips", ["clip_id", "decision", "label"])
-    n_kept = pc.sum(pc.equal(clips["decision"], "kept")).as_py() or 0
+    n_kept = _n_kept(run)
     name, warnings = choose_embedding(run, config.embedding, n_kept)
     if name is None:
-        return _write(run.path / "skills", *_nothing(config, seed, warnings))
-    found = read_embeddings(run, name)
-    n = len(found.clip_ids)
-    if n < n_kept:
-        warnings.append(f"{n_kept - n} of {n_kept} kept clips have no {name} embedding and are in no skill")
+        return _write_nothing(run.path / "skills", config, seed, warnings)
+    vectors = Vectors.of_run(run, name)
+    if vectors.rows < n_kept:
+        missing = n_kept - vectors.rows
+        warnings.append(f"{missing} of {n_kept} kept clips have no {name} embedding and are in no skill")
+    work = _work(run, config, seed, vectors)
+    drawn = _drawn(work, config, seed)
+    fit = _fit(work, drawn, config, seed, name, tell)
+    if work.left():
+        tell(f"assigning {vectors.rows:,} clips")
+        work.assign(fit, Details(run), Shard(), tell)
+    surveys = [survey(work.parts(), i, len(c), N_EXAMPLES) for i, c in enumerate(fit.centroids)]
+    duplicates = _duplicates(work, fit, config)
+    if duplicates and duplicates.left():
+        duplicates.find(tell=tell)
 
-    tell(f"k-means of {n:,} {name} embeddings")
-    device = _device(run.config.device)
-    requested, k = config.k, min(config.k, n)
-    result = renumber(kmeans(found.x_ND, k, seed, config.restarts, device=device))
-    effective = len(result.centroids_KD)
-    if effective < requested:
-        cause = f"only {n} clip{'s' * (n != 1)}" if effective == n else f"only {effective} different vectors"
-        warnings.append(
-            f"skills.k={requested}, but there {'is' if effective == 1 else 'are'} {cause}: k={effective}"
-        )
     tell("quality of the clusters")
-    sizes_K = np.bincount(result.assignment, minlength=effective)
-    silhouette = stability = None
-    if 2 <= effective < n:
-        silhouette = silhouette_of(found.x_ND, result.assignment, seed)
-        stability = stability_of(found.x_ND, effective, seed, device)
+    requested = fit.about["requested_k"]
+    for wanted, found in zip(requested, surveys, strict=True):
+        warnings += _about_k(wanted, len(found.sizes), drawn)
+    silhouettes = [_silhouette(drawn, fit, i, len(found.sizes), seed) for i, found in enumerate(surveys)]
+    stability = _stability(drawn, len(surveys[0].sizes), seed, config, work.device)
     tell("projection")
-    projection = project(found.x_ND, config.projections, seed, device)
+    projection = project(
+        drawn.x_ND, config.projections, seed, work.device, drawn.rows, config.metric == "cosine"
+    )
     warnings += projection.warnings
 
-    labels = _labels(clips, found.clip_ids)
-    pairs = table.hierarchy(labels, result.assignment)
-    tops = table.top_labels(pairs, effective)
-    labels_random = _labels_random(run) and any(label is not None for label in labels)
+    main = surveys[0]
+    labels_random = _labels_random(run) and any(label is not None for label, _ in main.pairs)
     if labels_random:
         warnings.append(
             "labels come from random CLIP weights and mean nothing: skills are numbered, not named"
         )
-    named = table.names([None if labels_random else top.label for top in tops])
-    skills = []
-    for skill in range(effective):
-        members = np.flatnonzero(result.assignment == skill)
-        nearest = members[np.argsort(result.distances[members], kind="stable")][:N_EXAMPLES]
-        examples = [found.clip_ids[i].as_py() for i in nearest]
-        skills.append(
-            {
-                "skill": skill,
-                "name": named[skill],
-                "n": int(sizes_K[skill]),
-                "share": float(sizes_K[skill] / n),
-                "label": tops[skill].label,
-                "label_share": tops[skill].share,
-                "medoid": examples[0],
-                "examples": examples,
-            }
-        )
+    pairs = table.hierarchy_of(main.pairs)
+    skills = _skills(main, pairs, vectors.rows, labels_random)
+    folder = run.path / "skills"
+    # Without skills.json the folder is unfinished; no old one may stand beside new tables.
+    (folder / "skills.json").unlink(missing_ok=True)
+    tell("writing")
+    totals = _write_assignment(
+        folder / "assignment.parquet",
+        work,
+        fit,
+        surveys,
+        _points(drawn.clip_ids, projection.points),
+        drawn,
+        duplicates,
+    )
     body = {
         "embedding": name,
-        "weights": found.weights,
-        "random": found.random,
+        "weights": vectors.metadata.get("weights", ""),
+        "random": vectors.metadata.get("random") == "true",
         "labels_random": labels_random,
-        "k": effective,
-        "requested_k": requested,
-        "n_clips": n,
+        "k": len(main.sizes),
+        "requested_k": requested[0],
+        "n_clips": vectors.rows,
         "seed": seed,
-        "restarts": config.restarts,
-        "backend": result.backend,
-        "inertia": result.inertia,
-        "silhouette": silhouette,
+        "metric": config.metric,
+        "restarts": fit.about["restarts"][0],
+        "backend": fit.about["backends"][0],
+        "sample": len(drawn.clip_ids),
+        "inertia": totals.inertias[0],
+        "silhouette": silhouettes[0],
         "stability": stability,
-        "imbalance": float(sizes_K.max() / sizes_K.mean()),
+        "imbalance": float(main.sizes.max() / main.sizes.mean()),
+        "duplicates": None
+        if duplicates is None
+        else {"cosine": config.duplicate_cosine, "groups": totals.groups, "clips": totals.duplicates},
+        "also": [
+            {
+                "k": len(surveys[i].sizes),
+                "requested_k": requested[i],
+                "restarts": fit.about["restarts"][i],
+                "backend": fit.about["backends"][i],
+                "inertia": totals.inertias[i],
+                "silhouette": silhouettes[i],
+                "imbalance": float(surveys[i].sizes.max() / surveys[i].sizes.mean()),
+            }
+            for i in range(1, len(requested))
+        ],
         "projections": list(projection.points),
         "warnings": warnings,
         "skills": skills,
     }
-    return _write(run.path / "skills", body, found.clip_ids, result, projection.points, pairs)
+    numbered = [
+        _centroids(c[np.argsort(s.number)[(s.number < 0).sum() :]])
+        for c, s in zip(fit.centroids, surveys, strict=True)
+    ]
+    _publish(folder, numbered, requested[1:], pairs, body)
+    return body
+
+
+def cluster_shard(
+    run: RunDir, config: configuration.Skills, seed: int, shard: Shard, progress: Progress | None = None
+) -> int:
+    """A shard's share of :func:`cluster`, which ends what shards began and writes the result.
+
+    Any number of shards run at once, on any nodes that see the run: the first to find the centroids
+    publishes them, every shard assigns its units and, once all units are assigned, looks for the
+    near-duplicates of its clusters. Killed and started again it does what is missing.
+
+    Returns:
+        How many units and batches of clusters are left, over all shards; :func:`cluster` does them too.
+    """
+    tell = progress or (lambda _: None)
+    name, _ = choose_embedding(run, config.embedding, _n_kept(run))
+    if name is None:
+        return 0
+    work = _work(run, config, seed, Vectors.of_run(run, name))
+    fit = work.fit() or _fit(work, _drawn(work, config, seed), config, seed, name, tell)
+    work.assign(fit, Details(run), shard, tell)
+    left = len(work.left())
+    if left:
+        return left
+    duplicates = _duplicates(work, fit, config)
+    if duplicates is None:
+        return 0
+    duplicates.find(shard, tell)
+    return len(duplicates.left())
 
 
 def choose_embedding(run: RunDir, wanted: str, n_kept: int) -> tuple[str | None, list[str]]:
@@ -177,53 +255,6 @@ def choose_embedding(run: RunDir, wanted: str, n_kept: int) -> tuple[str | None,
     return name, []
 
 
-def read_embeddings(run: RunDir, name: str) -> Embeddings:
-    """All vectors of ``embeddings/<name>``, sorted by clip id.
-
-    Raises:
-        UserError: a vector is missing or not finite, or a clip occurs twice.
-    """
-    where = run.path / "embeddings" / name
-    rows = run.table(f"embeddings/{name}", ["clip_id", "embedding"]).sort_by("clip_id").combine_chunks()
-    clip_ids = rows["clip_id"].combine_chunks()
-    column = rows["embedding"].combine_chunks()
-    x_ND = np.full((len(rows), column.type.list_size), np.nan, np.float32)
-    x_ND[column.is_valid().to_numpy(zero_copy_only=False)] = (
-        column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
-    )
-    twice = pc.equal(clip_ids[1:], clip_ids[:-1])
-    if pc.any(twice).as_py():
-        names = _some(clip_ids[1:].filter(twice))
-        raise UserError(f"{where}: clips that occur twice: {names}; see `ego2robot verify {run.path}`")
-    broken = ~np.isfinite(x_ND).all(axis=1)
-    if broken.any():
-        names = _some(clip_ids.filter(pa.array(broken)))
-        raise UserError(
-            f"{where}: values that are not finite for clips {names}; make them again in a new run"
-        )
-    metadata = _metadata(run, name)
-    return Embeddings(name, clip_ids, x_ND, metadata.get("weights", ""), metadata.get("random") == "true")
-
-
-def renumber(result: KMeansResult) -> KMeansResult:
-    """The same partition with clusters by size, largest first; ties by the position of their medoid."""
-    k = len(result.centroids_KD)
-    sizes_K = np.bincount(result.assignment, minlength=k)
-    by_distance = np.lexsort((np.arange(len(result.assignment)), result.distances, result.assignment))
-    medoids_K = by_distance[np.concatenate([[0], np.cumsum(sizes_K)[:-1]])]
-    order = np.lexsort((medoids_K, -sizes_K))
-    new_number = np.empty(k, np.int64)
-    new_number[order] = np.arange(k)
-    return KMeansResult(
-        centroids_KD=result.centroids_KD[order],
-        assignment=new_number[result.assignment],
-        distances=result.distances,
-        inertia=result.inertia,
-        iterations=result.iterations,
-        backend=result.backend,
-    )
-
-
 def silhouette_of(x_ND: np.ndarray, assignment: np.ndarray, seed: int) -> float | None:
     """Mean silhouette (Rousseeuw 1987), −1 to 1, on a seeded sample of at most 5,000 rows; None when
     the sample falls into one cluster or into one cluster a row."""
@@ -237,20 +268,265 @@ def silhouette_of(x_ND: np.ndarray, assignment: np.ndarray, seed: int) -> float 
     return float(silhouette_score(x_ND, assignment))
 
 
-def stability_of(x_ND: np.ndarray, k: int, seed: int, device: str = "cpu") -> float:
+def stability_of(
+    x_ND: np.ndarray | torch.Tensor, k: int, seed: int, device: str = "cpu", metric: Metric = "euclidean"
+) -> float:
     """Mean adjusted Rand index (Hubert and Arabie 1985) over the pairs of 5 k-means runs, each with one
     start of its own seed: 1 when the start does not matter, 0 when the runs agree as chance would."""
     from sklearn.metrics import adjusted_rand_score
 
     runs = [
-        kmeans(x_ND, k, seed + 1 + i, restarts=1, device=device).assignment for i in range(STABILITY_RUNS)
+        kmeans(x_ND, k, seed + 1 + i, restarts=1, device=device, metric=metric).assignment
+        for i in range(STABILITY_RUNS)
     ]
     return float(np.mean([adjusted_rand_score(a, b) for a, b in itertools.combinations(runs, 2)]))
 
 
-def _nothing(config: configuration.Skills, seed: int, warnings: list[str]) -> tuple[Any, ...]:
-    """What :func:`_write` takes when there is nothing to cluster."""
-    body = {
+def _n_kept(run: RunDir) -> int:
+    return run.dataset("clips").count_rows(filter=pc.field("decision") == "kept")
+
+
+def _work(run: RunDir, config: configuration.Skills, seed: int, vectors: Vectors) -> Work:
+    """The folder of work for these vectors and settings; what others left is no part of it."""
+    keys = sorted(type(config).__annotations__.keys() - {"projections"})  # they only paint the picture
+    settings = [(key, getattr(config, key)) for key in keys]
+    device = _device(run.config.device)
+    key = short_id("clustering", vectors.identity, seed, device, json.dumps(settings))
+    return Work(run.path / "skills" / f"work-{key}", vectors, config.duplicate_cosine is not None, device)
+
+
+def _drawn(work: Work, config: configuration.Skills, seed: int) -> Sample:
+    work.vectors.keep_on(work.device)
+    return sample(work.vectors, config.sample_rows, config.sample_mib << 20, seed)
+
+
+def _fit(
+    work: Work, drawn: Sample, config: configuration.Skills, seed: int, name: str, tell: Progress
+) -> Fit:
+    """The published centroids, or those that this call finds on the sample and publishes."""
+    published = work.fit()
+    if published is not None:
+        return published
+    n = len(drawn.clip_ids)
+    wanted = [config.k, *(k for k in dict.fromkeys(config.also_k) if k != config.k)]
+    centroids, backends, restarts = [], [], []
+    for k in wanted:
+        of = "" if drawn.whole else f" of {drawn.rows:,}"
+        tell(f"k-means of {n:,}{of} {name} embeddings" + (f", k={k}" if len(wanted) > 1 else ""))
+        large = n * k > LARGE
+        result = kmeans(
+            drawn.x_ND,
+            min(k, n),
+            seed,
+            restarts=1 if large else config.restarts,
+            max_iter=LARGE_ITERATIONS if large else 100,
+            backend=config.backend,
+            device=work.device,
+            metric=config.metric,
+        )
+        centroids.append(result.centroids_KD)
+        backends.append(result.backend)
+        restarts.append(1 if large else config.restarts)
+    about = {"requested_k": wanted, "backends": backends, "restarts": restarts, "sample": n}
+    return work.publish(Fit(config.metric, tuple(centroids), about))
+
+
+def _duplicates(work: Work, fit: Fit, config: configuration.Skills) -> Duplicates | None:
+    """Looks at whole clusters, so all units must be assigned."""
+    if config.duplicate_cosine is None:
+        return None
+    k = len(fit.centroids[0])
+    sizes = [
+        np.bincount(pq.read_table(path, columns=["cluster_0"])["cluster_0"].to_numpy(), minlength=k)
+        for path in work.parts()
+    ]
+    return Duplicates(work, np.stack(sizes), config.duplicate_cosine)
+
+
+def _about_k(requested: int, k: int, drawn: Sample) -> list[str]:
+    """A warning when there are fewer clusters than were asked for."""
+    if k >= requested:
+        return []
+    n = drawn.rows
+    if k == n:
+        cause = f"only {n} clip{'s' * (n != 1)}"
+    else:
+        cause = f"only {k} different vectors" + ("" if drawn.whole else " in the sample")
+    return [f"skills.k={requested}, but there {'is' if k == 1 else 'are'} {cause}: k={k}"]
+
+
+def _silhouette(drawn: Sample, fit: Fit, model: int, k: int, seed: int) -> float | None:
+    if not 2 <= k < drawn.rows:
+        return None
+    x_ND = drawn.x_ND[_some_rows(drawn, SILHOUETTE_SAMPLE, seed).to(drawn.x_ND.device)]
+    labels = assign_rows(x_ND, Fit(fit.metric, (fit.centroids[model],), {}), str(x_ND.device))[0][0]
+    rows_ND = unit_rows(x_ND) if fit.metric == "cosine" else x_ND.float()
+    return silhouette_of(rows_ND.cpu().numpy(), labels, seed)
+
+
+def _stability(drawn: Sample, k: int, seed: int, config: configuration.Skills, device: str) -> float | None:
+    """None also where the rows that are looked at are too few to tell so many clusters apart."""
+    if not 2 <= k < drawn.rows:
+        return None
+    rows = _some_rows(drawn, STABILITY_SAMPLE, seed)
+    if len(rows) < drawn.rows and len(rows) < STABILITY_ROWS * k:
+        return None
+    x_ND = drawn.x_ND[rows.to(drawn.x_ND.device)]
+    return stability_of(x_ND, k, seed, device, config.metric)
+
+
+def _some_rows(drawn: Sample, most: int, seed: int) -> torch.Tensor:
+    """Numbers of at most so many rows of the sample, int64, drawn with the seed."""
+    n = len(drawn.clip_ids)
+    if n <= most:
+        return torch.arange(n)
+    return torch.from_numpy(np.random.default_rng(seed).choice(n, most, replace=False))
+
+
+def _skills(found: Survey, pairs: pa.Table, n_clips: int, labels_random: bool) -> list[dict[str, Any]]:
+    """What ``skills.json`` says about each skill."""
+    tops = table.top_labels(pairs, len(found.sizes))
+    named = table.names([None if labels_random else top.label for top in tops])
+    return [
+        {
+            "skill": skill,
+            "name": named[skill],
+            "n": int(n),
+            "share": float(n / n_clips),
+            "label": tops[skill].label,
+            "label_share": tops[skill].share,
+            "medoid": found.nearest[skill][0],
+            "examples": found.nearest[skill],
+        }
+        for skill, n in enumerate(found.sizes)
+    ]
+
+
+def _centroids(centroids_KD: np.ndarray) -> pa.Table:
+    flat = pa.array(centroids_KD.ravel(), pa.float32())
+    return pa.table(
+        {
+            "skill": pa.array(range(len(centroids_KD)), pa.int32()),
+            "centroid": pa.FixedSizeListArray.from_arrays(flat, centroids_KD.shape[1]),
+        }
+    )
+
+
+@dataclass
+class _Totals:
+    """What the final table adds up to: an inertia for each number of clusters, groups of near-duplicates
+    and the clips in them that a better one stands for."""
+
+    inertias: list[float]
+    groups: int = 0
+    duplicates: int = 0
+
+
+def _write_assignment(
+    path: Path,
+    work: Work,
+    fit: Fit,
+    surveys: list[Survey],
+    points: dict[str, pa.Table],
+    cuts: Sample,
+    duplicates: Duplicates | None,
+) -> _Totals:
+    """One row per clip, sorted by id, a range of ids at a time."""
+    also = fit.about["requested_k"][1:]
+    totals = _Totals([0.0] * len(surveys))
+
+    def tables() -> Iterator[pa.Table]:
+        for low, high in ranges(cuts.clip_ids, work.vectors.rows, MERGE_ROWS):
+            found = between(work.parts(), low, high)
+            clip_ids = found["clip_id"].combine_chunks()
+            require_once(clip_ids, work.vectors.where)
+            columns = {"clip_id": clip_ids}
+            for i, one in enumerate(surveys):
+                suffix = "" if i == 0 else f"_k{also[i - 1]}"
+                numbers = one.number[found[f"cluster_{i}"].to_numpy()]
+                columns[f"skill{suffix}"] = pa.array(numbers, pa.int32())
+                # Euclidean, to the skill's centroid
+                columns[f"distance{suffix}"] = found[f"distance_{i}"].combine_chunks()
+                distances = found[f"distance_{i}"].to_numpy().astype(np.float64)
+                totals.inertias[i] += float(np.square(distances).sum())
+            columns = {key: columns.pop(key) for key in ("clip_id", "skill", "distance")} | {
+                **{name: _looked_up(clip_ids, points.get(name[:4]), name) for name in PLANE},
+                **_marked(clip_ids, duplicates, low, high, totals),
+                **columns,
+            }
+            yield pa.Table.from_arrays(list(columns.values()), schema=_schema(also))
+
+    def fill(file: BinaryIO) -> None:
+        with pq.ParquetWriter(file, _schema(also), compression="zstd", write_page_checksum=True) as writer:
+            for rows in tables():
+                writer.write_table(rows, row_group_size=1 << 16)
+
+    atomic.write(path, fill)
+    return totals
+
+
+def _schema(also: list[int]) -> pa.Schema:
+    further = [
+        pa.field(f"{name}_k{k}", kind)
+        for k in also
+        for name, kind in (("skill", pa.int32()), ("distance", pa.float32()))
+    ]
+    return pa.schema(
+        [
+            pa.field("clip_id", pa.string()),
+            pa.field("skill", pa.int32()),
+            pa.field("distance", pa.float32()),
+            *(pa.field(name, pa.float32()) for name in PLANE),
+            *DUPLICATE_FIELDS,
+            *further,
+        ]
+    )
+
+
+def _points(clip_ids: pa.Array, points: dict[str, np.ndarray]) -> dict[str, pa.Table]:
+    """For each projection the clips that are in it and where they are."""
+    found = {}
+    for method, plane_N2 in points.items():
+        there = np.isfinite(plane_N2).all(axis=1)
+        found[method] = pa.table(
+            {
+                "clip_id": clip_ids.filter(pa.array(there)),
+                f"{method}_x": pa.array(plane_N2[there, 0], pa.float32()),
+                f"{method}_y": pa.array(plane_N2[there, 1], pa.float32()),
+            }
+        )
+    return found
+
+
+def _looked_up(clip_ids: pa.Array, rows: pa.Table | None, name: str) -> pa.Array:
+    """A column of ``rows`` for each id; null where it has none."""
+    kind = _schema([]).field(name).type
+    if rows is None or not len(rows):
+        return pa.nulls(len(clip_ids), kind)
+    at = pc.index_in(clip_ids, value_set=rows["clip_id"].combine_chunks())
+    return rows[name].combine_chunks().take(at)
+
+
+def _marked(
+    clip_ids: pa.Array, duplicates: Duplicates | None, low: str | None, high: str | None, totals: _Totals
+) -> dict[str, pa.Array]:
+    rows = between(duplicates.parts(), low, high) if duplicates else None
+    group = _looked_up(clip_ids, rows, "duplicate_group")
+    own = pc.fill_null(pc.equal(group, clip_ids), fill_value=True)
+    totals.duplicates += len(own) - (pc.sum(own).as_py() or 0)
+    totals.groups += pc.sum(pc.and_(own, pc.is_valid(group))).as_py() or 0
+    return {
+        "duplicate_group": group,
+        "duplicate_cosine": _looked_up(clip_ids, rows, "duplicate_cosine"),
+        "representative": own,
+    }
+
+
+def _write_nothing(
+    folder: Path, config: configuration.Skills, seed: int, warnings: list[str]
+) -> dict[str, Any]:
+    """Valid empty outputs where there is nothing to cluster."""
+    body: dict[str, Any] = {
         "embedding": None if config.embedding == "auto" else config.embedding,
         "weights": "",
         "random": False,
@@ -259,60 +535,42 @@ def _nothing(config: configuration.Skills, seed: int, warnings: list[str]) -> tu
         "requested_k": config.k,
         "n_clips": 0,
         "seed": seed,
+        "metric": config.metric,
         "restarts": config.restarts,
         "backend": "torch",
+        "sample": 0,
         "inertia": 0.0,
         "silhouette": None,
         "stability": None,
         "imbalance": 0.0,
+        "duplicates": None,
+        "also": [],
         "projections": [],
         "warnings": warnings,
         "skills": [],
     }
-    none = np.zeros(0, np.int64)
-    result = KMeansResult(np.zeros((0, 1), np.float32), none, none.astype(np.float32), 0.0, 0, "torch")
-    return body, pa.array([], pa.string()), result, {}, table.hierarchy([], none)
-
-
-def _write(
-    folder: Path,
-    body: dict[str, Any],
-    clip_ids: pa.Array,
-    result: KMeansResult,
-    points: dict[str, np.ndarray],
-    pairs: pa.Table,
-) -> dict[str, Any]:
-    n, dim = len(clip_ids), result.centroids_KD.shape[1]
-    unprojected = np.full((n, 2), np.nan, np.float32)
-    plane = {
-        f"{method}_{axis}": pa.array(points.get(method, unprojected)[:, i], pa.float32(), from_pandas=True)
-        for method in ("tsne", "umap")
-        for i, axis in enumerate("xy")
-    }
-    assignment = {
-        "clip_id": clip_ids,
-        "skill": pa.array(result.assignment, pa.int32()),
-        "distance": pa.array(result.distances, pa.float32()),  # Euclidean, to the skill's centroid
-        **plane,
-    }
-    centroids = {
-        "skill": pa.array(range(len(result.centroids_KD)), pa.int32()),
-        "centroid": pa.FixedSizeListArray.from_arrays(
-            pa.array(result.centroids_KD.ravel(), pa.float32()), dim
-        ),
-    }
-    # Without skills.json the folder is unfinished; no old one may stand beside new tables.
     (folder / "skills.json").unlink(missing_ok=True)
-    atomic.write_parquet(folder / "assignment.parquet", pa.table(assignment))
-    atomic.write_parquet(folder / "centroids.parquet", pa.table(centroids))
-    atomic.write_parquet(folder / "table.parquet", pairs)
-    atomic.write_json(folder / "skills.json", body)
+    atomic.write_parquet(folder / "assignment.parquet", _schema([]).empty_table())
+    _publish(
+        folder, [_centroids(np.zeros((0, 1), np.float32))], [], table.hierarchy([], np.zeros(0, int)), body
+    )
     return body
 
 
-def _labels(clips: pa.Table, clip_ids: pa.Array) -> list[str | None]:
-    at = pc.index_in(clip_ids, value_set=clips["clip_id"].combine_chunks())
-    return list(clips["label"].take(at).to_pylist())
+def _publish(
+    folder: Path, centroids: list[pa.Table], also: list[int], pairs: pa.Table, body: dict[str, Any]
+) -> None:
+    """The small files beside the assignment, ``skills.json`` last, and away with what is older."""
+    names = ["centroids.parquet", *(f"centroids_k{k}.parquet" for k in also)]
+    for name, rows in zip(names, centroids, strict=True):
+        atomic.write_parquet(folder / name, rows)
+    atomic.write_parquet(folder / "table.parquet", pairs)
+    for path in folder.glob("centroids*.parquet"):
+        if path.name not in names:
+            path.unlink()
+    atomic.write_json(folder / "skills.json", body)
+    for path in folder.glob("work-*"):
+        shutil.rmtree(path)
 
 
 def _labels_random(run: RunDir) -> bool:
@@ -328,8 +586,3 @@ def _device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted
-
-
-def _some(values: pa.Array, most: int = 5) -> str:
-    shown = ", ".join(values[:most].to_pylist())
-    return shown + (f" and {len(values) - most} more" if len(values) > most else "")

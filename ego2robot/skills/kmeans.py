@@ -1,8 +1,9 @@
-"""Exact k-means: greedy k-means++ start, Lloyd iterations, several restarts, all seeded.
+"""Exact k-means, Euclidean or spherical: greedy k-means++ start, Lloyd iterations, restarts, all seeded.
 
 The backends differ only in who finds the nearest centroid (:data:`Nearest`); start, update, repair of
-empty clusters and convergence are the same code for all, and so is the quality of the result. Distances
-come from one matrix product per chunk of rows; memory beyond the data itself is bounded by the chunk.
+empty clusters and convergence are the same code for all, and so is the quality of the result. Rows stay as
+they are stored (half precision, on the host or the GPU) and are widened a chunk at a time: memory beyond
+the data itself is bounded by the chunk.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from ego2robot.errors import UserError
 
 BackendName = Literal["auto", "faiss", "torch", "cuml"]
+Metric = Literal["euclidean", "cosine"]
 # (rows_ND, centroids_KD) → index of the nearest centroid int64 [N]
 Nearest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -27,6 +29,11 @@ Nearest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # See benchmarks/kmeans.py.
 FAISS_FROM_K = 100
 CHUNK_VALUES = 1 << 22  # float32 values of the largest array of one chunk: 16 MiB
+GPU_CHUNKS = 32  # a chunk on a GPU is so many times larger: launches cost more there than memory
+WIDE_BYTES = 256 << 20  # rows that take no more than this as float32 are widened once, not every iteration
+START_VALUES = 1 << 25  # row-centroid pairs: beyond, the start is drawn among so many rows as fit
+# A product of float32 matrices leaves noise of about this share of the norms in a squared distance.
+NOISE = 2.0**-17
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class KMeansResult:
         centroids_KD: float32. K is what was asked for, or the number of different rows where that is
             smaller.
         assignment: int64 [N], index of the nearest centroid; every cluster has a member.
-        distances: float32 [N], Euclidean (not squared) to that centroid.
+        distances: float32 [N], Euclidean (not squared) to that centroid; between unit vectors when the
+            metric is cosine: sqrt(2 − 2·cos).
         inertia: sum of squared distances.
         iterations: Lloyd iterations of the restart that won.
         backend: ``torch``, ``faiss`` or ``cuml``.
@@ -51,6 +59,59 @@ class KMeansResult:
     backend: str
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Vectors as they are stored, widened as they are used.
+
+    Attributes:
+        data_ND: any floating type, on the host or on ``device``.
+        device: where chunks are wanted.
+        shift_D: float32, subtracted from each row; None: nothing is.
+        unit: each row is divided by its length (a row of zeros stays one).
+    """
+
+    data_ND: torch.Tensor
+    device: str = "cpu"
+    shift_D: torch.Tensor | None = None
+    unit: bool = False
+
+    def __len__(self) -> int:
+        return len(self.data_ND)
+
+    @property
+    def dim(self) -> int:
+        return self.data_ND.shape[1]
+
+    def chunks(self, k: int = 1) -> Iterator[torch.Tensor]:
+        """float32 rows in order, so many at once that neither they nor their distances to ``k`` centroids
+        exceed the chunk."""
+        values = CHUNK_VALUES * (1 if self.device == "cpu" else GPU_CHUNKS)
+        for part in self.data_ND.split(max(256, values // max(k, self.dim))):
+            yield self._wide(part)
+
+    def take(self, index: torch.Tensor | list[int]) -> torch.Tensor:
+        """float32 [len(index), D] on the device."""
+        at = torch.as_tensor(index, device=self.data_ND.device)
+        return self._wide(self.data_ND[at])
+
+    def widened(self) -> Rows:
+        """The same rows, computed once where float32 takes little room."""
+        if self.data_ND.dtype == torch.float32 and self.shift_D is None and not self.unit:
+            return Rows(self.data_ND.to(self.device).contiguous(), self.device)
+        data_ND = torch.empty(self.data_ND.shape, dtype=torch.float32, device=self.device)
+        start = 0
+        for rows_ND in self.chunks():
+            data_ND[start : start + len(rows_ND)] = rows_ND
+            start += len(rows_ND)
+        return Rows(data_ND, self.device)
+
+    def _wide(self, part: torch.Tensor) -> torch.Tensor:
+        rows_ND = part.to(self.device).to(torch.float32)
+        if self.shift_D is not None:
+            rows_ND = rows_ND - self.shift_D
+        return F.normalize(rows_ND, dim=1) if self.unit else rows_ND
+
+
 def kmeans(
     x_ND: np.ndarray | torch.Tensor,
     k: int,
@@ -60,6 +121,7 @@ def kmeans(
     tol: float = 1e-4,
     backend: BackendName = "auto",
     device: str = "cpu",
+    metric: Metric = "euclidean",
 ) -> KMeansResult:
     """The best of ``restarts`` k-means runs by inertia.
 
@@ -67,42 +129,38 @@ def kmeans(
     independent of where they came from.
 
     Args:
-        x_ND: finite vectors, computed with as float32.
+        x_ND: finite vectors of any floating type, computed with as float32.
         k: clusters wanted.
         max_iter: Lloyd iterations per restart.
         tol: a restart ends when no row changes its cluster, or when the centroids' summed squared
             shift is at most ``tol`` times the mean variance of a feature (scikit-learn's rule).
-        backend: who finds nearest centroids. ``torch`` on the CPU or the GPU; ``faiss`` on the CPU;
-            ``cuml`` runs the Lloyd iterations on a GPU. ``auto``: faiss where it is installed, the
-            work is on the CPU and ``k`` ≥ 100, else torch.
-        device: ``cpu`` or ``cuda``, for the torch backend.
+        backend: who finds nearest centroids. ``torch`` and ``faiss`` on the CPU or the GPU; ``cuml`` runs
+            the Lloyd iterations on a GPU. ``auto``: faiss where it is installed, the work is on the CPU
+            and ``k`` ≥ 100, else torch.
+        device: ``cpu`` or ``cuda``.
+        metric: ``cosine`` is spherical k-means (Dhillon and Modha 2001): rows and centroids have length 1.
 
     Raises:
         ValueError: no rows, values that are not finite or beyond 1e15, or ``k`` or ``restarts`` < 1.
-        UserError: the backend is not available on this machine.
+        UserError: the backend is not available on this machine, or lacks the metric.
     """
-    x_ND = torch.as_tensor(x_ND).to(torch.float32)
+    x_ND = torch.as_tensor(x_ND)
     if x_ND.ndim != 2 or not len(x_ND) or k < 1 or restarts < 1:
         raise ValueError(f"k-means of {tuple(x_ND.shape)} with k={k}, restarts={restarts}")
-    name, nearest = _backend(backend, k, device)
-    largest = torch.stack([rows.abs().max() for rows in _chunks(x_ND, x_ND[:1])]).max()
-    if not bool(largest <= 1e15):
-        raise ValueError(f"k-means of values up to {float(largest)}: squares must be finite in float32")
-    # Squared distances by |x|² − 2x·c + |c|² lose digits to a common offset; without one they do not.
-    mean_D = torch.stack([rows.double().sum(dim=0) for rows in _chunks(x_ND, x_ND[:1])]).sum(dim=0) / len(
-        x_ND
-    )
-    x_ND = _place(x_ND - mean_D.to(torch.float32), device)
-    min_shift = tol * float(x_ND.square().mean(dtype=torch.float64))
+    name, nearest = nearest_by(backend, k, device, metric)
+    rows, mean_D, variance = prepare(x_ND, metric, device)
+    min_shift = tol * variance
 
     best: tuple[float, torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None
     for restart in range(restarts):
-        centroids_KD = plus_plus(x_ND, k, np.random.default_rng([seed, restart]), device)
+        centroids_KD = plus_plus(rows, k, np.random.default_rng([seed, restart]))
         if name == "cuml":
-            centroids_KD, iterations = _cuml_lloyd(x_ND, centroids_KD, max_iter, tol)
+            centroids_KD, iterations = _cuml_lloyd(rows, centroids_KD, max_iter, tol)
         else:
-            centroids_KD, iterations = lloyd(x_ND, centroids_KD, nearest, max_iter, min_shift)
-        centroids_KD, assignment, squared = _settle(x_ND, centroids_KD, nearest)
+            centroids_KD, iterations = lloyd(
+                rows, centroids_KD, nearest, max_iter, min_shift, metric == "cosine"
+            )
+        centroids_KD, assignment, squared = _settle(rows, centroids_KD, nearest)
         inertia = float(squared.sum(dtype=torch.float64))
         if best is None or inertia < best[0]:
             best = inertia, centroids_KD, assignment, squared, iterations
@@ -118,38 +176,78 @@ def kmeans(
     )
 
 
-def plus_plus(x_ND: torch.Tensor, k: int, rng: np.random.Generator, device: str = "cpu") -> torch.Tensor:
+def prepare(x_ND: torch.Tensor, metric: Metric, device: str) -> tuple[Rows, torch.Tensor, float]:
+    """Rows ready for :func:`lloyd`, what was subtracted from them (float64 [D], on the CPU) and the mean
+    variance of a feature.
+
+    Raises:
+        ValueError: values that are not finite or beyond 1e15.
+    """
+    rows = Rows(_place(x_ND, device), device, unit=metric == "cosine")
+    stored = Rows(rows.data_ND, device)
+    largest = float(torch.stack([part.abs().max() for part in stored.chunks()]).max())
+    if not largest <= 1e15:
+        raise ValueError(f"k-means of values up to {largest}: squares must be finite in float32")
+    mean_D = torch.stack([part.double().sum(dim=0) for part in rows.chunks()]).sum(dim=0) / len(rows)
+    if metric == "euclidean":
+        # Squared distances by |x|² − 2x·c + |c|² lose digits to a common offset; without one they do not.
+        rows = Rows(rows.data_ND, device, shift_D=mean_D.to(torch.float32))
+    wide = 4 * x_ND.numel()
+    if wide <= WIDE_BYTES or (device != "cpu" and 2 * wide <= torch.cuda.mem_get_info(device)[0]):
+        rows = rows.widened()
+    squares = torch.stack([part.square().sum(dtype=torch.float64) for part in rows.chunks()]).sum()
+    variance = float(squares) / x_ND.numel()
+    if metric == "cosine":
+        variance -= float(mean_D.square().mean())
+        mean_D = torch.zeros_like(mean_D)
+    return rows, mean_D.cpu(), max(0.0, variance)
+
+
+def plus_plus(rows: Rows, k: int, rng: np.random.Generator) -> torch.Tensor:
     """Greedy k-means++ (Arthur and Vassilvitskii 2007): of 2 + ln k candidates, each drawn with a
     probability proportional to its squared distance from the centroids so far, the one is taken that
     leaves the smallest sum of squared distances.
 
+    Where rows times ``k`` exceed ``START_VALUES`` it looks at a random part of the rows, at least 32 a
+    centroid: on all of them it would take longer than the iterations that follow.
+
     Returns:
-        float32 [K, D], different rows of ``x_ND``; K < k when it has fewer than k different rows.
+        float32 [K, D], different rows; K < k when fewer than k different rows were looked at.
     """
+    some = max(START_VALUES // k, 32 * k)
+    if len(rows) > some:
+        part = np.sort(rng.choice(len(rows), some, replace=False))
+        rows = Rows(rows.take(torch.from_numpy(part)), rows.device)
     n_candidates = 2 + int(math.log(k))
-    chosen = [int(rng.integers(len(x_ND)))]
-    norms_N = torch.cat([_squared_norms(rows_ND) for rows_ND in _chunks(x_ND, x_ND[:1].to(device))])
-    closest_N = _to_each(x_ND, norms_N, x_ND[chosen])[0]
+    chosen = [int(rng.integers(len(rows)))]
+    norms_N = torch.cat([_squared_norms(part_ND) for part_ND in rows.chunks()])
+    closest_N = _to_each(rows, norms_N, rows.take(chosen))[0]
     while len(chosen) < k:
-        cumulative = closest_N.double().cumsum(0)
+        # Summed on the CPU: a running sum on a GPU differs from time to time.
+        cumulative = closest_N.cpu().double().cumsum(0)
         total = float(cumulative[-1])
         if total == 0.0:
             break
         # A draw in (0, total] never falls on a row at distance 0, which is one that was chosen.
-        draws = torch.as_tensor((1.0 - rng.random(n_candidates)) * total, device=cumulative.device)
-        candidates = torch.searchsorted(cumulative, draws).clamp_(max=len(x_ND) - 1)
-        left_LN = torch.minimum(_to_each(x_ND, norms_N, x_ND[candidates]), closest_N)
+        draws = torch.as_tensor((1.0 - rng.random(n_candidates)) * total)
+        candidates = torch.searchsorted(cumulative, draws).clamp_(max=len(rows) - 1)
+        left_LN = torch.minimum(_to_each(rows, norms_N, rows.take(candidates)), closest_N)
         winner = int(left_LN.sum(dim=1, dtype=torch.float64).argmin())
         chosen.append(int(candidates[winner]))
         closest_N = left_LN[winner]
-    return x_ND[chosen].to(device)
+    return rows.take(chosen)
 
 
 def lloyd(
-    x_ND: torch.Tensor, centroids_KD: torch.Tensor, nearest: Nearest, max_iter: int, min_shift: float
+    rows: Rows,
+    centroids_KD: torch.Tensor,
+    nearest: Nearest,
+    max_iter: int,
+    min_shift: float,
+    spherical: bool = False,
 ) -> tuple[torch.Tensor, int]:
-    """Moves centroids to the means of their rows until no row changes its cluster, the summed squared
-    shift is at most ``min_shift``, or ``max_iter`` iterations are done.
+    """Moves centroids to the means of their rows (of length 1 when ``spherical``) until no row changes its
+    cluster, the summed squared shift is at most ``min_shift``, or ``max_iter`` iterations are done.
 
     A cluster that ran empty is put on the row that is farthest from its centroid.
 
@@ -160,20 +258,22 @@ def lloyd(
     for iteration in range(1, max_iter + 1):
         sums_KD, counts_K = _zeros(centroids_KD)
         parts = []
-        for rows_ND, labels in assign(_chunks(x_ND, centroids_KD), centroids_KD, nearest):
+        for rows_ND, labels in assign(rows.chunks(len(centroids_KD)), centroids_KD, nearest):
             accumulate(rows_ND, labels, sums_KD, counts_K)
             parts.append(labels)
         assignment = torch.cat(parts)
         if before is not None and torch.equal(assignment, before):
             return centroids_KD, iteration
         if bool((counts_K == 0).any()):
-            centroids_KD, assignment, _ = _settle(x_ND, centroids_KD, nearest)
+            centroids_KD, assignment, _ = _settle(rows, centroids_KD, nearest)
             sums_KD, counts_K = _zeros(centroids_KD)
             start = 0
-            for rows_ND in _chunks(x_ND, centroids_KD):
+            for rows_ND in rows.chunks(len(centroids_KD)):
                 accumulate(rows_ND, assignment[start : start + len(rows_ND)], sums_KD, counts_K)
                 start += len(rows_ND)
         moved_KD = (sums_KD / counts_K[:, None]).to(torch.float32)
+        if spherical:
+            moved_KD = F.normalize(moved_KD, dim=1)
         shift = float((moved_KD - centroids_KD).square().sum(dtype=torch.float64))
         centroids_KD, before = moved_KD, assignment
         if shift <= min_shift:
@@ -206,7 +306,7 @@ def accumulate(
 
 
 def _settle(
-    x_ND: torch.Tensor, centroids_KD: torch.Tensor, nearest: Nearest
+    rows: Rows, centroids_KD: torch.Tensor, nearest: Nearest
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Final centroids, assignment int64 [N] and exact squared distances float32 [N].
 
@@ -215,7 +315,7 @@ def _settle(
     rounds; it stops early when every row lies on a centroid, and then the empty ones are left out.
     """
     labels_parts, squared_parts = [], []
-    for rows_ND, labels in assign(_chunks(x_ND, centroids_KD), centroids_KD, nearest):
+    for rows_ND, labels in assign(rows.chunks(len(centroids_KD)), centroids_KD, nearest):
         labels_parts.append(labels)
         squared_parts.append((rows_ND - centroids_KD[labels]).square().sum(dim=1))
     assignment, squared = torch.cat(labels_parts), torch.cat(squared_parts)
@@ -229,15 +329,39 @@ def _settle(
         if float(squared[farthest]) == 0.0:
             used = counts_K > 0
             return centroids_KD[used], (used.cumsum(0) - 1)[assignment], squared
-        row_D = x_ND[farthest].to(centroids_KD.device)
+        row_D = rows.take([farthest])[0]
         centroids_KD[empty[0]] = row_D
-        to_row = torch.cat([(r - row_D).square().sum(dim=1) for r in _chunks(x_ND, centroids_KD)])
+        to_row = torch.cat([(r - row_D).square().sum(dim=1) for r in rows.chunks()])
         closer = to_row < squared
         assignment = torch.where(closer, empty[0], assignment)
         squared = torch.where(closer, to_row, squared)
 
 
-def _to_each(x_ND: torch.Tensor, norms_N: torch.Tensor, targets_LD: torch.Tensor) -> torch.Tensor:
+def nearest_exactly(rows_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest centroid of each row, int64 [N], and the squared distance to it, float32 [N].
+
+    Where the matrix product cannot tell centroids apart they are compared by differences, the first of
+    equals taken: the answer for a row does not depend on the rows beside it.
+    """
+    norms_K = _squared_norms(centroids_KD)
+    part_NK = torch.addmm(norms_K, rows_ND, centroids_KD.T, alpha=-2)  # lacks |x|², the same for all
+    best_N, labels = part_NK.min(dim=1)
+    noise_N = NOISE * (_squared_norms(rows_ND) + norms_K.max())
+    close_NK = part_NK <= (best_N + noise_N)[:, None]
+    doubtful = (close_NK.sum(dim=1) > 1).nonzero()[:, 0]
+    for some in doubtful.split(max(1, CHUNK_VALUES // rows_ND.shape[1] // 16)):
+        at, centroid = close_NK[some].nonzero().unbind(1)
+        exact_NK = torch.full((len(some), len(centroids_KD)), torch.inf, device=rows_ND.device)
+        for i, j in zip(
+            *(t.split(max(1, CHUNK_VALUES // rows_ND.shape[1])) for t in (at, centroid)), strict=True
+        ):
+            exact_NK[i, j] = (rows_ND[some[i]] - centroids_KD[j]).square().sum(dim=1)
+        smallest = exact_NK.min(dim=1).values
+        labels[some] = (exact_NK == smallest[:, None]).to(torch.uint8).argmax(dim=1)
+    return labels, (rows_ND - centroids_KD[labels]).square().sum(dim=1)
+
+
+def _to_each(rows: Rows, norms_N: torch.Tensor, targets_LD: torch.Tensor) -> torch.Tensor:
     """Squared distances float32 [L, N]; exactly 0 between equal rows and only there.
 
     The matrix product leaves rounding noise where a distance is tiny beside the norms: those few are
@@ -246,16 +370,15 @@ def _to_each(x_ND: torch.Tensor, norms_N: torch.Tensor, targets_LD: torch.Tensor
     Args:
         norms_N: squared norms of the rows, on the device to compute on.
     """
-    targets_LD = targets_LD.to(norms_N.device)
     norms_L = _squared_norms(targets_LD)
     parts = []
     start = 0
-    for rows_ND in _chunks(x_ND, targets_LD):
+    for rows_ND in rows.chunks(len(targets_LD)):
         scale_NL = norms_N[start : start + len(rows_ND), None] + norms_L
         start += len(rows_ND)
         squared_NL = torch.addmm(scale_NL, rows_ND, targets_LD.T, alpha=-2)
         doubtful = (squared_NL < 1e-4 * scale_NL).nonzero()
-        for i, j in (pair.unbind(1) for pair in doubtful.split(max(1, CHUNK_VALUES // x_ND.shape[1]))):
+        for i, j in (pair.unbind(1) for pair in doubtful.split(max(1, CHUNK_VALUES // rows.dim))):
             squared_NL[i, j] = (rows_ND[i] - targets_LD[j]).square().sum(dim=1)
         parts.append(squared_NL.T)
     return torch.cat(parts, dim=1)
@@ -264,14 +387,6 @@ def _to_each(x_ND: torch.Tensor, norms_N: torch.Tensor, targets_LD: torch.Tensor
 def _squared_norms(rows_ND: torch.Tensor) -> torch.Tensor:
     """float32 [N], without an array of squares."""
     return torch.linalg.vector_norm(rows_ND, dim=1).square_()
-
-
-def _chunks(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Rows of ``x_ND`` on the centroids' device, so many that neither they nor their distances to all
-    centroids exceed the chunk."""
-    rows = max(256, CHUNK_VALUES // max(centroids_KD.shape))
-    for chunk in x_ND.split(rows):
-        yield chunk.to(centroids_KD.device)
 
 
 def _zeros(centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,19 +403,27 @@ def _place(x_ND: torch.Tensor, device: str) -> torch.Tensor:
     return x_ND.to(device) if x_ND.nbytes * 2 <= free else x_ND.contiguous()
 
 
-def _backend(backend: BackendName, k: int, device: str) -> tuple[str, Nearest]:
-    """The backend's name and how it finds nearest centroids, see :func:`kmeans`."""
+def nearest_by(
+    backend: BackendName, k: int, device: str, metric: Metric = "euclidean"
+) -> tuple[str, Nearest]:
+    """The backend's name and how it finds nearest centroids, see :func:`kmeans`.
+
+    A package of the GPU counts as there only beside a GPU: importing it proves nothing.
+    """
     on_gpu = device != "cpu"
     if on_gpu and not torch.cuda.device_count():
         raise UserError(f"k-means on device={device}: torch sees no GPU here; use device=cpu")
-    if (backend == "cuml" and not on_gpu) or (backend == "faiss" and on_gpu):
-        raise UserError(f"k-means backend={backend} does not run on device={device}; use backend=torch")
+    if backend == "cuml" and not on_gpu:
+        raise UserError(f"k-means backend=cuml does not run on device={device}; use backend=torch")
+    if backend == "cuml" and metric == "cosine":
+        raise UserError("k-means backend=cuml has no metric=cosine; use backend=torch")
     if backend == "faiss" or (backend == "auto" and not on_gpu and k >= FAISS_FROM_K):
         try:
-            return "faiss", _faiss_nearest()
+            return "faiss", (_faiss_gpu_nearest(device) if on_gpu else _faiss_nearest())
         except ImportError as error:
             if backend == "faiss":
-                raise UserError(f"k-means backend=faiss: {error}; pip install faiss-cpu") from None
+                package = "faiss-gpu" if on_gpu else "faiss-cpu"
+                raise UserError(f"k-means backend=faiss: {error}; pip install {package}") from None
     return "cuml" if backend == "cuml" else "torch", _nearest_torch
 
 
@@ -322,18 +445,40 @@ def _faiss_nearest() -> Nearest:
     return nearest
 
 
+def _faiss_gpu_nearest(device: str) -> Nearest:
+    """Raises ImportError where faiss is not there, is the CPU's, or sees no GPU."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ImportError("this faiss is built without GPUs")
+    if not faiss.get_num_gpus():
+        raise ImportError("faiss sees no GPU")
+    import faiss.contrib.torch_utils  # lets faiss take tensors where they are
+
+    resources = faiss.StandardGpuResources()
+
+    def nearest(rows_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.device(device):
+            found = faiss.knn_gpu(resources, rows_ND.contiguous(), centroids_KD.contiguous(), 1)
+        return found[1][:, 0]
+
+    return nearest
+
+
 def _cuml_lloyd(
-    x_ND: torch.Tensor, centroids_KD: torch.Tensor, max_iter: int, tol: float
+    rows: Rows, centroids_KD: torch.Tensor, max_iter: int, tol: float
 ) -> tuple[torch.Tensor, int]:
     """cuML's Lloyd iterations from our start."""
     try:
         from cuml.cluster import KMeans
     except ImportError as error:
-        raise UserError(f"k-means backend 'cuml': {error}; pip install cuml-cu13, or use 'torch'") from None
+        raise UserError(
+            f"k-means backend=cuml: {error}; pip install cuml-cu13, or use backend=torch"
+        ) from None
     start = centroids_KD.cpu().numpy()
     model = KMeans(
         n_clusters=len(start), init=start, n_init=1, max_iter=max_iter, tol=tol, output_type="numpy"
     )
-    model.fit(x_ND.cpu().numpy())
+    model.fit(rows.widened().data_ND)  # taken where it is, by its CUDA array interface
     centers = torch.as_tensor(np.asarray(model.cluster_centers_), dtype=torch.float32)
     return centers.to(centroids_KD.device), int(model.n_iter_)

@@ -23,7 +23,14 @@ class Projection:
     warnings: list[str]
 
 
-def project(x_ND: np.ndarray, methods: Sequence[str], seed: int, device: str = "cpu") -> Projection:
+def project(
+    x_ND: np.ndarray | torch.Tensor,
+    methods: Sequence[str],
+    seed: int,
+    device: str = "cpu",
+    total: int | None = None,
+    unit: bool = False,
+) -> Projection:
     """Projects rows onto two dimensions with ``tsne`` and ``umap``, after PCA to 50.
 
     t-SNE has perplexity min(30, n − 1) (the reference's), UMAP min(15, n − 1) neighbours; both are
@@ -32,18 +39,25 @@ def project(x_ND: np.ndarray, methods: Sequence[str], seed: int, device: str = "
     used where it is installed. Without umap-learn there is no UMAP, only a warning.
 
     Args:
-        x_ND: float32, finite.
+        x_ND: finite.
+        total: clips that the rows are a sample of; None: they are all there are.
+        unit: look at directions alone.
     """
     n, warnings = len(x_ND), []
     rows = np.arange(n)
     if n > MAX_POINTS:
         rows = np.sort(np.random.default_rng(seed).choice(n, MAX_POINTS, replace=False))
-        if methods:
-            warnings.append(f"the projection shows {MAX_POINTS:,} of {n:,} clips, drawn with the seed")
+    total = n if total is None else total
+    if methods and len(rows) < total:
+        warnings.append(f"the projection shows {len(rows):,} of {total:,} clips, drawn with the seed")
+    shown_ND = torch.as_tensor(x_ND)[torch.from_numpy(rows)].to("cpu", torch.float32)
+    if unit:
+        shown_ND = torch.nn.functional.normalize(shown_ND, dim=1)
+    chosen_ND = shown_ND.numpy()
     points: dict[str, np.ndarray] = {}
     use_cuml = device != "cpu" and torch.cuda.device_count() > 0
-    reduced = pca(x_ND[rows], PCA_DIMS) if methods and n else np.zeros((n, 2), np.float32)
-    flat = n <= 3 or bool((x_ND[rows] == x_ND[rows[0]]).all())
+    reduced = pca(chosen_ND, PCA_DIMS) if methods and n else np.zeros((n, 2), np.float32)
+    flat = n <= 3 or bool((chosen_ND == chosen_ND[0]).all())
     for method in dict.fromkeys(methods):
         if flat:
             plane = reduced[:, :2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +39,15 @@ def hierarchy(labels: Sequence[str | None], skills: np.ndarray) -> pa.Table:
         labels: one per clip, None where it has none.
         skills: int [N], the skill of each clip.
     """
-    pairs = Counter(zip(labels, skills.tolist(), strict=True))
-    of_label, of_skill = Counter(labels), Counter(skills.tolist())
+    return hierarchy_of(Counter(zip(labels, skills.tolist(), strict=True)))
+
+
+def hierarchy_of(pairs: Mapping[tuple[str | None, int], int]) -> pa.Table:
+    """The same from the number of clips of each pair."""
+    of_label, of_skill = Counter[str | None](), Counter[int]()
+    for (label, skill), n in pairs.items():
+        of_label[label] += n
+        of_skill[skill] += n
     rows = [
         {
             "label": label,
