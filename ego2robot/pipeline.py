@@ -130,7 +130,7 @@ def score_and_embed(
         with closing(pool.run(todo)) as events:
             for event in events:
                 unit = active.setdefault(event.task.unit_id, PendingUnit(event.task))
-                _take(event, unit, batches, meter, pool.attempts, tell)
+                _take(event, unit, batches, meter, tell)
                 for key in [key for key, pending in active.items() if pending.complete]:
                     committer.add(active.pop(key))
                 meter.tick()
@@ -144,10 +144,9 @@ def score_and_embed(
     meter.tick(event="done", force=True)
 
 
-def _take(
-    event: Event, unit: PendingUnit, batches: Mapping[str, Batches], meter: Meter, attempts: int, tell: Tell
-) -> None:
+def _take(event: Event, unit: PendingUnit, batches: Mapping[str, Batches], meter: Meter, tell: Tell) -> None:
     """One event of the pool into the unit that it is about."""
+    unit.attempt = event.attempt
     if event.kind == "item":
         for stage, seconds in event.value.seconds.items():
             meter.seconds[stage] += seconds
@@ -160,14 +159,13 @@ def _take(
     elif event.kind == "error":
         unit.end("decode", event.value)
         tell(str(unit.refusals[-1][3]))
-    elif event.attempt < attempts:  # crashed or hung: once more, from its start
+    elif event.again:  # crashed or hung: once more, from its start
         for batch in batches.values():
             batch.forget(unit.clips)
         for clip in unit.clips.values():
             meter.clip(clip.row, -1)
         unit.clips.clear()
         unit.refusals.clear()
-        unit.attempt = event.attempt + 1
     else:
         kind = "crash" if event.kind == "crashed" else "timeout"
         hint = "the rest of the video's clips are given up; check the file with `ffmpeg -v error -i`"

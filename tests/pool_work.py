@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,17 +12,24 @@ from ego2robot.errors import UserError, VideoError
 def counting(folder):
     """Counts up to the task's number; some tasks end badly instead."""
 
+    together = threading.Barrier(3, timeout=20)
+
     def work(task):
         name, n = task
         for i in range(n):
             yield name, i
+            if name == "slow":
+                time.sleep(0.02)
+        if name == "meet":
+            together.wait()
+            yield name, "met"
         if name == "segfault":
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)
         if name == "segfault once":
             marker = Path(folder) / "crashed"
             if not marker.exists():
                 marker.touch()
-                os.kill(os.getpid(), signal.SIGSEGV)
+                signal.raise_signal(signal.SIGSEGV)
             yield name, "second time"
         if name == "exit":
             os._exit(3)
@@ -31,6 +39,14 @@ def counting(folder):
             raise VideoError("a.mp4", "cut in the middle", "fetch it again", "truncated")
         if name == "bug":
             raise ZeroDivisionError("by hand")
+
+    return work
+
+
+def named(name):
+    def work(task):
+        yield name
+        time.sleep(0.2)
 
     return work
 

@@ -93,3 +93,28 @@ def test_more_children_than_tasks_and_no_tasks_at_all(tmp_path):
     pool = Pool(pool_work.counting, (str(tmp_path),), n=8)
     assert [e.kind for e in pool.run([("empty", 0)])] == ["done"]
     assert list(Pool(pool_work.counting, (str(tmp_path),), n=2).run([])) == []
+
+
+def test_a_child_of_several_tasks_works_on_them_at_once(tmp_path):
+    tasks = [("meet", 3)] * 3 + [("fine", 2)]
+    items, ends = outcome(Pool(pool_work.counting, (str(tmp_path),), n=1, width=4).run(tasks))
+    assert ends["meet"].kind == "done" and ends["fine"].kind == "done"
+    assert items["meet", 1].count("met") == 3
+
+
+def test_a_crash_costs_only_the_task_that_crashes_even_among_several(tmp_path):
+    tasks = [("slow", 30), ("segfault", 2), ("large", 300), ("bad video", 1), ("hang", 1), ("fine", 5)]
+    pool = Pool(pool_work.counting, (str(tmp_path),), n=1, width=4, timeout_s=2.0)
+    items, ends = outcome(pool.run(tasks))
+    for name, n in (("slow", 30), ("large", 300), ("fine", 5)):
+        assert ends[name].kind == "done", name
+        assert max((items[name, k] for k in (1, 2) if (name, k) in items), key=len)[-n:] == list(range(n))
+    assert ends["segfault"].kind == "crashed" and not ends["segfault"].again
+    assert ends["hang"].kind == "timeout" and not ends["hang"].again
+    assert ends["bad video"].kind == "error"
+
+
+def test_each_child_has_arguments_of_its_own(tmp_path):
+    pool = Pool(pool_work.named, [("a",), ("b",)], n=2)
+    found = {event.value for event in pool.run([1] * 8) if event.kind == "item"}
+    assert found == {"a", "b"}

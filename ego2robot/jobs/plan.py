@@ -123,7 +123,7 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None) -> Planned:
             videos.append(replace(event.value, source=cfg.source.kind))
         elif event.kind == "error":
             problems.append(event.value)
-        elif event.kind in ("crashed", "timeout") and event.attempt == pool.attempts:
+        elif event.kind in ("crashed", "timeout") and not event.again:
             kind = "crash" if event.kind == "crashed" else "timeout"
             problems.append(VideoError(event.task.name, f"reading its headers: {event.value}", "", kind))
         if progress:

@@ -1,11 +1,13 @@
 """Child processes that may crash or hang without taking the run along.
 
 Decoders are C libraries fed with hostile bytes: one can end its process, or never return. Each child
-works on one task at a time and streams what it finds; the parent learns how every task ended.
+works on one task at a time, or on ``width`` of them, and streams what it finds; the parent learns how every
+task ended.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import queue
@@ -27,12 +29,18 @@ READY = "ready"
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a task. ``item`` comes any number of times, then one of the others."""
+    """What became of a task. ``item`` comes any number of times, then one of the others.
+
+    Attributes:
+        value: the item; the VideoError; for a crash or a hang the words for it.
+        again: after a crash or a hang: it is tried once more, from its start.
+    """
 
     kind: Literal["item", "done", "error", "crashed", "timeout"]
     task: Any
-    value: Any = None  # the item; the VideoError; for a crash or a hang the words for it
+    value: Any = None
     attempt: int = 1
+    again: bool = False
 
 
 class Pool:
@@ -40,34 +48,43 @@ class Pool:
 
     Args:
         factory: importable function that returns the work, a function from a task to an iterator.
-        args: its arguments; must pickle.
+        args: its arguments; must pickle. A list: one tuple for each child, of which there are so many.
         n: number of children.
-        timeout_s: a child that sends nothing for so long is killed.
+        timeout_s: a child that sends nothing about a task for so long is killed.
         attempts: how often a task is tried when its child crashed or hung.
         backlog: items that may wait for the consumer before the children have to.
+        width: tasks that a child works on at once, each in a thread of its own. When such a child crashes,
+            nobody knows whose fault it was: each of its tasks is tried again alone.
     """
 
     def __init__(
         self,
         factory: Callable[..., Work],
-        args: tuple[Any, ...],
+        args: tuple[Any, ...] | list[tuple[Any, ...]],
         n: int,
         timeout_s: float = 600.0,
         attempts: int = 2,
         backlog: int = 16,
+        width: int = 1,
     ) -> None:
         self._spawn = multiprocessing.get_context("spawn")
-        self._factory, self._args, self._n = factory, args, max(1, n)
+        self._factory, self._width = factory, max(1, width)
+        self._args = args if isinstance(args, list) else [args] * max(1, n)
         self._timeout_s, self._attempts = timeout_s, attempts
         self._events: queue.Queue[Event | BaseException | None] = queue.Queue(maxsize=max(1, backlog))
         self._stop = threading.Event()
+        self._blocked_s = 0.0
+
+    @property
+    def attempts(self) -> int:
+        return self._attempts
 
     def run(self, tasks: Iterable[Any]) -> Generator[Event, None, None]:
         """Yields the events of all tasks, those of different tasks interleaved.
 
         Closing the iterator, or an exception in its consumer, ends the children at once.
         """
-        todo = iter(tasks)
+        todo = _Todo(iter(tasks))
         thread = threading.Thread(target=self._drive, args=(todo,), daemon=True)
         thread.start()
         try:
@@ -86,45 +103,24 @@ class Pool:
 
     # -- the thread that feeds and reads the children ---------------------------------------------
 
-    def _drive(self, todo: Iterator[Any]) -> None:
+    def _drive(self, todo: _Todo) -> None:
         children: list[_Child] = []
-        again: list[tuple[Any, int]] = []
         try:
-            exhausted = False
             while not self._stop.is_set():
-                # Start or feed children while there is work.
-                for child in [c for c in children if c.idle]:
-                    task = self._next(todo, again)
-                    if task is None:
-                        exhausted = True
-                        break
-                    child.give(*task)
-                busy = [c for c in children if not c.idle]
-                if not exhausted and len(children) < self._n:
-                    task = self._next(todo, again)
-                    if task is None:
-                        exhausted = True
-                    else:
-                        child = _Child(self._spawn, self._factory, self._args)
-                        children.append(child)
-                        child.give(*task)
-                        continue
+                self._feed(children, todo)
+                busy = [child for child in children if child.slots]
                 if not busy:
-                    if exhausted and not again:
+                    if todo.exhausted:
                         break
-                    exhausted = False
                     continue
-                for ready in wait([c.connection for c in busy], timeout=0.2):
+                for ready in wait([child.connection for child in busy], timeout=0.2):
                     child = next(c for c in busy if c.connection is ready)
-                    self._read(child, children, again)
-                    exhausted = exhausted and not again
-                now = time.monotonic()
+                    self._read(child, children, todo)
                 for child in busy:
-                    if child in children and not child.idle and now - child.heard > self._timeout_s:
-                        child.kill()
+                    oldest = min((slot.heard for slot in child.slots.values()), default=self._now())
+                    if child in children and self._now() - oldest > self._timeout_s:
                         text = f"no answer for {self._timeout_s:.0f} s"
-                        self._failed(child, children, again, "timeout", text)
-                        exhausted = exhausted and not again
+                        self._failed(child, children, todo, "timeout", text)
             self._put(None)
         except BaseException as error:  # noqa: BLE001 — carried over to the consumer's thread and raised there
             self._put(error)
@@ -132,45 +128,65 @@ class Pool:
             for child in children:
                 child.kill()
 
-    def _next(self, todo: Iterator[Any], again: list[tuple[Any, int]]) -> tuple[Any, int] | None:
-        if again:
-            return again.pop()
-        for task in todo:
-            return task, 1
-        return None
+    def _feed(self, children: list[_Child], todo: _Todo) -> None:
+        """Gives tasks to children that have room, the emptiest first; starts children for the rest."""
+        while True:
+            room = [c for c in children if len(c.slots) < self._width and not c.alone]
+            idle = [c for c in room if not c.slots]
+            missing = sorted(set(range(len(self._args))) - {c.index for c in children})
+            candidates = bool(idle or missing)
+            task = todo.next(idle=candidates, room=bool(room))
+            if task is None:
+                return
+            if idle:
+                child = idle[0]
+            elif missing and (task.alone or not room or min(len(c.slots) for c in room) > 0):
+                index = missing[0]
+                child = _Child(self._spawn, self._factory, self._args[index], index, self._width)
+                children.append(child)
+            else:
+                child = min(room, key=lambda c: len(c.slots))
+            child.give(task, self._now())
+
+    def _now(self) -> float:
+        """Seconds; stands still while the consumer makes us wait, which is not the children's silence."""
+        return time.monotonic() - self._blocked_s
 
     def _put(self, event: Event | BaseException | None) -> None:
+        began = time.monotonic()
         while not self._stop.is_set():
             try:
                 self._events.put(event, timeout=0.1)
-                return
+                break
             except queue.Full:
                 continue
+        self._blocked_s += time.monotonic() - began
 
-    def _read(self, child: _Child, children: list[_Child], again: list[tuple[Any, int]]) -> None:
+    def _read(self, child: _Child, children: list[_Child], todo: _Todo) -> None:
         try:
-            kind, value = child.connection.recv()
+            kind, key, value = child.connection.recv()
         except (EOFError, OSError):
             child.process.join(5)
-            self._failed(child, children, again, "crashed", _words(child.process.exitcode))
+            self._failed(child, children, todo, "crashed", _words(child.process.exitcode))
             return
-        child.heard = time.monotonic()
         if kind == READY:
             child.ready = True
+            for slot in child.slots.values():
+                slot.heard = self._now()
         elif kind == "fatal":
             raise value
         else:
-            task, attempt = child.task, child.attempt
+            slot = child.slots[key]
             if kind != "item":
-                child.task = None
-            self._put(Event(kind, task, value, attempt))
-        child.heard = time.monotonic()  # what the consumer made us wait is not the child's silence
+                del child.slots[key]
+            self._put(Event(kind, slot.task, value, slot.attempt))
+            slot.heard = self._now()
 
     def _failed(
         self,
         child: _Child,
         children: list[_Child],
-        again: list[tuple[Any, int]],
+        todo: _Todo,
         kind: Literal["crashed", "timeout"],
         words: str,
     ) -> None:
@@ -178,34 +194,81 @@ class Pool:
         child.kill()
         if not child.ready:
             raise UserError(f"a worker process could not start ({words}); run `ego2robot doctor`")
-        self._put(Event(kind, child.task, words, child.attempt))
-        if child.attempt < self._attempts:
-            again.append((child.task, child.attempt + 1))
+        slots, several, now = list(child.slots.values()), len(child.slots) > 1, self._now()
+        for slot in slots:
+            # Of several the silent ones are at fault when one hangs; a crash may be anyone's.
+            innocent = kind == "timeout" and now - slot.heard <= self._timeout_s
+            again = innocent or slot.attempt < self._attempts
+            self._put(Event(kind, slot.task, words, slot.attempt, again))
+            if again:
+                todo.again.append(_Task(slot.task, slot.attempt + (not innocent), several and not innocent))
+
+
+@dataclass
+class _Task:
+    task: Any
+    attempt: int = 1
+    alone: bool = False  # in a child that works on nothing else
+    heard: float = 0.0
+
+
+class _Todo:
+    """Tasks that wait: those that failed first, then the rest."""
+
+    def __init__(self, tasks: Iterator[Any]) -> None:
+        self._tasks = tasks
+        self._peeked: list[_Task] = []
+        self.again: list[_Task] = []
+        self._ended = False
 
     @property
-    def attempts(self) -> int:
-        return self._attempts
+    def exhausted(self) -> bool:
+        if not self._peeked and not self._ended:
+            self._peek()
+        return self._ended and not self._peeked and not self.again
+
+    def next(self, idle: bool, room: bool) -> _Task | None:
+        """The next task for which there is a place: ``alone`` ones need an idle child, others only room."""
+        for i in reversed(range(len(self.again))):
+            if idle or (room and not self.again[i].alone):
+                return self.again.pop(i)
+        if idle or room:
+            if not self._peeked and not self._ended:
+                self._peek()
+            if self._peeked:
+                return self._peeked.pop()
+        return None
+
+    def _peek(self) -> None:
+        for task in self._tasks:
+            self._peeked.append(_Task(task))
+            return
+        self._ended = True
 
 
 class _Child:
-    def __init__(self, spawn: Any, factory: Callable[..., Work], args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, spawn: Any, factory: Callable[..., Work], args: tuple[Any, ...], index: int, width: int
+    ) -> None:
         self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_main, args=(theirs, factory, args), daemon=True)
+        self.process = spawn.Process(target=_main, args=(theirs, factory, args, width), daemon=True)
         self.process.start()
         theirs.close()
-        self.task: Any = None
-        self.attempt = 0
+        self.index = index
+        self.slots: dict[int, _Task] = {}
         self.ready = False
-        self.heard = time.monotonic()
+        self._keys = itertools.count()
 
     @property
-    def idle(self) -> bool:
-        return self.task is None
+    def alone(self) -> bool:
+        return any(slot.alone for slot in self.slots.values())
 
-    def give(self, task: Any, attempt: int) -> None:
-        self.task, self.attempt, self.heard = task, attempt, time.monotonic()
+    def give(self, task: _Task, now: float) -> None:
+        key = next(self._keys)
+        task.heard = now
+        self.slots[key] = task
         try:
-            self.connection.send(task)
+            self.connection.send((key, task.task))
         except OSError:  # it died while idle; reading from it will say so
             return
 
@@ -222,32 +285,48 @@ def _words(exitcode: int | None) -> str:
     return f"the decoding process ended with exit code {exitcode}"
 
 
-def _main(connection: Connection, factory: Callable[..., Work], args: tuple[Any, ...]) -> None:
+def _main(connection: Connection, factory: Callable[..., Work], args: tuple[Any, ...], width: int) -> None:
     """A child's life. Ctrl-C is the parent's business; a vanished parent ends the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sending = threading.Lock()
+
+    def send(kind: str, key: int | None, value: Any) -> None:
+        with sending:
+            connection.send((kind, key, value))
+
     try:
         try:
             work = factory(*args)
         except UserError as error:
-            connection.send(("fatal", error))
+            send("fatal", None, error)
             return
-        connection.send((READY, None))
+        send(READY, None, None)
         while True:
-            task = connection.recv()
-            try:
-                for item in work(task):
-                    connection.send(("item", item))
-                connection.send(("done", None))
-            except VideoError as error:
-                connection.send(("error", error))
-            except MemoryError:
-                connection.send(("error", VideoError("", "out of memory", "use fewer workers", "memory")))
-            except (BrokenPipeError, ConnectionResetError):
-                raise
-            except Exception as error:  # noqa: BLE001 — a bug: recorded with its traceback, one unit lost
-                traceback.print_exc()
-                cause = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
-                connection.send(("error", VideoError("", cause, "please report it", "internal")))
+            key, task = connection.recv()
+            if width == 1:
+                _one_task(work, key, task, send)
+            else:
+                threading.Thread(target=_one_task, args=(work, key, task, send), daemon=True).start()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the parent is gone; nobody reads an exit handler's output
+
+
+def _one_task(work: Work, key: int, task: Any, send: Callable[[str, int, Any], None]) -> None:
+    try:
+        try:
+            for item in work(task):
+                send("item", key, item)
+            send("done", key, None)
+        except VideoError as error:
+            send("error", key, error)
+        except MemoryError:
+            send("error", key, VideoError("", "out of memory", "use fewer workers", "memory"))
+        except (BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:  # noqa: BLE001 — a bug: recorded with its traceback, one unit lost
+            traceback.print_exc()
+            cause = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
+            send("error", key, VideoError("", cause, "please report it", "internal"))
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)
