@@ -114,10 +114,18 @@ def _print_run_end(outcome: Any) -> None:
 
 
 @app.command()
-def cluster(run: RunArg, overrides: Overrides = None) -> None:
+def cluster(
+    run: RunArg,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only a share of the work, I from 0; a call without this ends it."),
+    ] = None,
+) -> None:
     """Find skills again, with other settings: ego2robot cluster RUN skills.k=20"""
     from ego2robot.console import display
     from ego2robot.progress import Progress
+    from ego2robot.skills import Shard, cluster_shard
     from ego2robot.skills import cluster as find_skills
     from ego2robot.store.rundir import RunDir
 
@@ -126,6 +134,15 @@ def cluster(run: RunArg, overrides: Overrides = None) -> None:
         if not item.startswith(("skills.", "seed=")):
             raise UserError(f"{item!r}: only skills.* and seed can change here; the rest is the run's own")
     cfg = config.build(config.apply(config.to_dict(opened.config), overrides or ()), "command line")
+    if shard is not None:
+        with display() as (show, _):
+            left = cluster_shard(
+                opened, cfg.skills, cfg.seed, Shard.parse(shard), lambda s: show(Progress(f"clustering: {s}"))
+            )
+        print(
+            f"shard {shard} done, {left} parts of other shards left; the same command without --shard ends it"
+        )
+        return
     with display() as (show, _):
         found = find_skills(opened, cfg.skills, cfg.seed, lambda step: show(Progress(f"clustering: {step}")))
     for skill in found["skills"]:
@@ -134,8 +151,33 @@ def cluster(run: RunArg, overrides: Overrides = None) -> None:
         score = found["silhouette"]
         quality = f", silhouette {score:.3f}" if score is not None else ""
         print(f"{found['k']} skills, {found['n_clips']} clips, by {found['embedding']}{quality}")
+    if found["duplicates"] and found["duplicates"]["clips"]:
+        alike = found["duplicates"]
+        print(f"{alike['clips']} near-duplicates of {alike['groups']} clips (cosine ≥ {alike['cosine']:g})")
     for warning in found["warnings"]:
         _warn(warning)
+
+
+@app.command()
+def search(
+    run: RunArg,
+    query: Annotated[str, typer.Argument(help='A text, such as "tightening a screw", or the id of a clip.')],
+    top: Annotated[int, typer.Option(min=1, max=100_000, help="So many clips.")] = 10,
+    embedding: Annotated[
+        Literal["auto", "videomae", "clip", "hand_motion"],
+        typer.Option(help="In which a clip's neighbours are looked for; texts: always clip."),
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """The kept clips nearest to a text or to a clip, nearest first."""
+    from ego2robot.console import found_text
+    from ego2robot.search import search as look
+    from ego2robot.store.rundir import RunDir
+
+    answer = look(RunDir.open(run), query, top, embedding)
+    print(json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else found_text(answer))
+    if answer.random:
+        _warn(f"{answer.embedding} has random weights: this order means nothing")
 
 
 @export_app.command("lerobot")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -16,6 +17,9 @@ from rich.text import Text
 
 from ego2robot.progress import Progress, Show, Tell
 from ego2robot.report import Funnel
+
+if TYPE_CHECKING:
+    from ego2robot.search import Answer
 
 LOG_SECONDS = 10.0
 
@@ -68,6 +72,35 @@ def funnel_text(funnel: Funnel) -> str:
         for name, n, reason in rows
     ]
     return "\n".join(lines)
+
+
+def found_text(answer: Answer) -> str:
+    """The clips of a search, one a line, columns aligned."""
+    rows: list[tuple[str, ...]] = [("cosine", "clip", "from", "to", "skill", "label", "video")]
+    for clip in answer.clips:
+        spans = [
+            "" if s is None else f"{duration(int(s))}.{int(10 * (s % 1))}" for s in (clip.start_s, clip.end_s)
+        ]
+        rows.append(
+            (
+                f"{clip.cosine:.3f}",
+                clip.clip_id,
+                *spans,
+                clip.skill_name or "",
+                clip.label or "",
+                "".join(c if c.isprintable() else "?" for c in clip.name or ""),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = ("from", "to")
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if head in right else cell.ljust(width)
+            for cell, width, head in zip(row, widths, rows[0], strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) if answer.clips else f"no other clip has a {answer.embedding} vector"
 
 
 @contextmanager

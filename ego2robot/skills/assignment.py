@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn import functional as F
 
+from ego2robot.errors import UserError
 from ego2robot.skills.kmeans import Metric, Rows, nearest_exactly
 from ego2robot.skills.vectors import Block, Unit, Vectors
 from ego2robot.store import atomic
@@ -59,6 +60,14 @@ class Shard:
 
     index: int = 0
     of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """``I/N``, I from 0. Raises UserError for anything else."""
+        index, slash, of = text.partition("/")
+        if not (slash and index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+            raise UserError(f"shard {text!r}: should be I/N with I from 0 to N−1, such as 0/8")
+        return cls(int(index), int(of))
 
     def mine(self, items: Sequence[Any]) -> list[Any]:
         return list(items[self.index :: self.of])

@@ -115,6 +115,14 @@ class Vectors:
         chunks = [c for piece in unit.pieces for c in _read(piece, ["clip_id"])["clip_id"].chunks]
         return pa.chunked_array(chunks, pa.string()).combine_chunks()
 
+    def vector(self, clip_id: str) -> torch.Tensor | None:
+        """The vector of one clip as it is stored, [D]; None where there is none. Looks at ids first."""
+        for unit, clip_ids in zip(self.units, self.clip_ids(), strict=True):
+            at = pc.index(clip_ids, clip_id).as_py()
+            if at >= 0:
+                return self._load(unit)[1][at]
+        return None
+
     def keep_on(self, device: str) -> bool:
         """From now on blocks stay on a GPU once they were read, if all take at most half of what is free
         there. Says whether they do."""
