@@ -98,6 +98,7 @@ def make_footage(
     videos: int = 1,
     video_minutes: float = MAX_VIDEO_MINUTES,
     progress: Callable[[float], None] | None = None,
+    kinds: tuple[str, ...] = ROUND,
 ) -> Footage:
     """Writes ``ego_000.mp4``, ``ego_000.json`` … into the folder ``out``; files of that name are replaced.
 
@@ -112,6 +113,7 @@ def make_footage(
         videos: at least so many files of equal length.
         video_minutes: no file is longer.
         progress: is told the share that is done, 0 to 1.
+        kinds: of the spans of one round, in any order; repeat a kind to have more of it.
 
     Raises:
         UserError: an argument is out of range, or ``out`` cannot be written.
@@ -123,7 +125,9 @@ def make_footage(
     videos = min(total, max(videos, -(-total // max(1, int(60 * video_minutes / seconds)))))
     variants = next(count for limit, count in VARIANTS if minutes <= limit)
     lengths = [total // videos + (index < total % videos) for index in range(videos)]
-    plans = [list(_plan(index, length, seconds, seed, variants)) for index, length in enumerate(lengths)]
+    plans = [
+        list(_plan(index, length, seconds, seed, variants, kinds)) for index, length in enumerate(lengths)
+    ]
     tell = progress or (lambda _: None)
     written: list[Path] = []
     try:
@@ -203,7 +207,9 @@ def _check(
         refuse("videos", videos, "1 to 100000")
 
 
-def _plan(index: int, length: int, seconds: float, seed: int, variants: int) -> Iterator[Span]:
+def _plan(
+    index: int, length: int, seconds: float, seed: int, variants: int, round_of: tuple[str, ...]
+) -> Iterator[Span]:
     """The spans of video ``index``, ``length`` segments together. Three or more hold every kind."""
     rng = np.random.default_rng([seed, index, 7])
     fewest: int = max(1, math.ceil(SPAN_S[0] / seconds))
@@ -212,7 +218,9 @@ def _plan(index: int, length: int, seconds: float, seed: int, variants: int) -> 
     left, rounds, before, last = length, 0, "", ""
     while left:
         # The first round is short enough that a short video has all of it.
-        kinds = [str(k) for k in rng.permutation(ROUND if rounds or length >= len(ROUND) else ROUND[1:])]
+        kinds = [
+            str(k) for k in rng.permutation(round_of if rounds or length >= len(round_of) else round_of[1:])
+        ]
         if kinds[0] == last != "manipulating":
             kinds.reverse()  # two spans of walking would be one long one
         last = kinds[-1]
