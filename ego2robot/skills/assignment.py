@@ -219,7 +219,7 @@ class Work:
 
 def grouped_keys(clip_ids: pa.Array, about: pa.Table) -> np.ndarray:
     """Id and quality of each clip: a higher ``hands``, then a higher ``motion``, is better."""
-    text = clip_ids.to_numpy(zero_copy_only=False).astype("S")
+    text = clip_ids.cast(pa.binary()).to_numpy(zero_copy_only=False).astype("S")
     keys = np.empty(len(clip_ids), [("clip_id", text.dtype), ("hands", "<f4"), ("motion", "<f4")])
     keys["clip_id"] = text
     for name, column in (("hands", "hand_visibility"), ("motion", "motion")):

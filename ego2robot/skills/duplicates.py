@@ -132,7 +132,7 @@ class Duplicates:
             return SCHEMA.empty_table()
         about = keys.all()
         order = np.lexsort((about["clip_id"], -about["motion"], -about["hands"]))
-        ids = about["clip_id"][order].astype(str)
+        ids = about["clip_id"][order]
         small = len(order) <= BLOCK
         whole = vectors.all()[order] if small else None
 
@@ -145,8 +145,8 @@ class Duplicates:
         own = group[marked] == marked
         return pa.Table.from_arrays(
             [
-                pa.array(ids[marked].tolist(), pa.string()),
-                pa.array(ids[group[marked]].tolist(), pa.string()),
+                pa.array(ids[marked].tolist(), pa.binary()).cast(pa.string()),
+                pa.array(ids[group[marked]].tolist(), pa.binary()).cast(pa.string()),
                 pa.array(cosine[marked], pa.float32(), mask=own),
             ],
             schema=SCHEMA,

@@ -238,7 +238,7 @@ def hashed(clip_ids: pa.Array, seed: int) -> np.ndarray:
         words_NW = words_NW.reshape(len(clip_ids), -1)
     else:
         width = max(8, -(-longest // 8) * 8)
-        text = clip_ids.to_numpy(zero_copy_only=False).astype(f"S{width}")
+        text = clip_ids.cast(pa.binary()).to_numpy(zero_copy_only=False).astype(f"S{width}")
         words_NW = text.view(np.uint8).reshape(len(clip_ids), width).view("<u8")
     state = np.full(len(clip_ids), np.uint64(seed))
     for word in words_NW.T:
