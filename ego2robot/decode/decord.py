@@ -2,7 +2,8 @@
 
 Kept for comparison. Its own time stamps are 32-bit and its frame count is a guess on some containers,
 so times come from the packets, and a file where the two disagree is refused. It conceals damage
-without a word, and can take the process down with it on a damaged file.
+without a word, and can take the process down with it on a damaged file. The wheel has no GPU in it; where
+it was built with CUDA, it decodes there too, to RGB at full size.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import av
 import numpy as np
+import torch
+import torch.utils.dlpack
 
+from ego2robot.decode import hardware
 from ego2robot.decode.base import FrameBatch
 from ego2robot.decode.picture import Batcher
 from ego2robot.decode.pyav import EPSILON_S, container_of, locator, packet_times
+from ego2robot.decode.surfaces import Scaled
 from ego2robot.errors import VideoError
 from ego2robot.types import Blob, FrameSpec, VideoInfo
 
@@ -40,12 +45,27 @@ def _missing() -> str | None:
     return None
 
 
+@cache
+def _has_cuda() -> bool:
+    """Whether this decord was built with CUDA. Only its shared library knows."""
+    if _missing() or hardware.missing():
+        return False
+    import decord
+
+    try:
+        return bool(decord.gpu(0).exist)
+    except (AttributeError, decord.DECORDError):
+        return False
+
+
 class Decord:
     """See :class:`ego2robot.decode.base.Backend`."""
 
     name = "decord"
-    devices: tuple[str, ...] = ("cpu",)
     planes: tuple[str, ...] = ("rgb",)
+
+    def __init__(self) -> None:
+        self.devices: tuple[str, ...] = ("cpu", "cuda") if _has_cuda() else ("cpu",)
 
     def missing(self) -> str | None:
         return _missing()
@@ -59,7 +79,14 @@ class Decord:
         return None
 
     def read(
-        self, name: str, blob: Blob, info: VideoInfo, times_s: np.ndarray, spec: FrameSpec, device: str
+        self,
+        name: str,
+        blob: Blob,
+        info: VideoInfo,
+        times_s: np.ndarray,
+        spec: FrameSpec,
+        device: str,
+        fast: bool = False,
     ) -> Iterator[FrameBatch]:
         if not len(times_s):
             return
@@ -68,10 +95,14 @@ class Decord:
         if (container := container_of(name, blob)).startswith("mpeg"):
             cause = f"decord loses the start of {container} streams"
             raise VideoError(name, cause, HINT, "unsupported")
+        on_gpu = device != "cpu"
+        if on_gpu and (refusal := "a rotated video" if info.rotation else hardware.refuses(info)):
+            raise VideoError(name, f"decord on a GPU does not take {refusal}", HINT, "unsupported")
         stored = packet_times(name, blob)
         shown = np.sort(stored)
         try:
-            reader = decord.VideoReader(locator(blob), ctx=decord.cpu(0), num_threads=1)
+            where = decord.gpu(hardware.device_index(device)) if on_gpu else decord.cpu(0)
+            reader = decord.VideoReader(locator(blob), ctx=where, num_threads=1)
         except (decord.DECORDError, RuntimeError, AssertionError) as error:
             raise VideoError(name, f"decord cannot open it ({_gist(error)})", HINT, "unsupported") from None
         if len(reader) != len(shown):
@@ -82,11 +113,18 @@ class Decord:
         indices = np.maximum(np.searchsorted(shown, due + EPSILON_S, side="right") - 1, 0)
         # Where pictures are reordered, its seeks miscount those around a keyframe: it must not seek.
         sought = np.array_equal(shown, stored)
-        batcher = Batcher(name, spec, dataclasses.replace(info, rotation=0))  # decord has turned them
+        upright = dataclasses.replace(info, rotation=0)  # decord has turned them
+        batcher: Batcher | Scaled = Scaled(upright, spec, device) if on_gpu else Batcher(name, spec, upright)
         try:
-            for k, rgb_HWC in _sought(reader, indices) if sought else _counted(reader, indices):
-                picture = av.VideoFrame.from_ndarray(rgb_HWC, format="rgb24")
-                if full := batcher.add(picture, float(shown[k]) - info.start_s, False):
+            picked = _sought if sought else _counted
+            for k, rgb_HWC in picked(reader, indices, _on_gpu if on_gpu else _on_cpu):
+                time_s = float(shown[k]) - info.start_s
+                if isinstance(batcher, Scaled):
+                    full = batcher.add(rgb_HWC, time_s, False)
+                else:
+                    picture = av.VideoFrame.from_ndarray(rgb_HWC, format="rgb24")
+                    full = batcher.add(picture, time_s, False)
+                if full:
                     yield full
         except (decord.DECORDError, RuntimeError) as error:
             at = times_s[batcher.first]
@@ -95,19 +133,29 @@ class Decord:
             yield rest
 
 
-def _sought(reader: Any, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _on_cpu(pictures: Any) -> np.ndarray:
+    found: np.ndarray = pictures.asnumpy()
+    return found
+
+
+def _on_gpu(pictures: Any) -> torch.Tensor:
+    found: torch.Tensor = torch.utils.dlpack.from_dlpack(pictures.to_dlpack())
+    return found
+
+
+def _sought(reader: Any, indices: np.ndarray, take: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
     for at in range(0, len(indices), GROUP):
         group = indices[at : at + GROUP].tolist()
-        yield from zip(group, reader.get_batch(group).asnumpy(), strict=True)
+        yield from zip(group, take(reader.get_batch(group)), strict=True)
 
 
-def _counted(reader: Any, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    now, rgb_HWC = -1, np.zeros(0)
+def _counted(reader: Any, indices: np.ndarray, take: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
+    now, rgb_HWC = -1, None
     for k in indices.tolist():
         while now < k:
             now, found = now + 1, reader.next()
             if now == k:
-                rgb_HWC = found.asnumpy()
+                rgb_HWC = take(found)
         yield k, rgb_HWC
 
 

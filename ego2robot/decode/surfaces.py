@@ -561,7 +561,7 @@ class Scaled:
         self._turns, self._device = info.rotation // 90, device
         self._top, self._left, self._height, self._width = spec.content(info.width, info.height)
         self._weights: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._first = 0
+        self.first = 0  # index into the due times of the batch's first frame
         self._frames_THWC: torch.Tensor | None = None
         self._times: list[float] = []
         self._corrupt: list[bool] = []
@@ -585,8 +585,8 @@ class Scaled:
         if self._frames_THWC is None or not n:
             return None
         frames_THWC = self._frames_THWC[:n]
-        batch = FrameBatch(self._first, frames_THWC, np.array(self._times), np.array(self._corrupt))
-        self._first += n
+        batch = FrameBatch(self.first, frames_THWC, np.array(self._times), np.array(self._corrupt))
+        self.first += n
         self._frames_THWC, self._times, self._corrupt = None, [], []
         return batch
 

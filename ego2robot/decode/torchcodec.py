@@ -4,8 +4,8 @@ On a CPU, frames come at full size and are scaled like everyone else's. The whol
 because only that finds the right frame at a variable rate. torchcodec does not report damage that the
 decoder concealed: only frames that it fails on are marked.
 
-On a GPU, the packet decoder of newer versions (0.17) hands over the planes of every picture, which are converted
-like everyone else's; older ones only give RGB at full size.
+On a GPU, the packet decoder of newer versions (0.17) hands over the planes of every picture, which are
+converted like everyone else's; older ones only give RGB at full size.
 """
 
 from __future__ import annotations
