@@ -238,6 +238,57 @@ def test_gaps_are_not_decoded(long: dict[str, Path], monkeypatch: pytest.MonkeyP
     assert len(decoded) < 4 + 36 + 1 + 4  # a start, and less than one group of pictures
 
 
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
+def test_pictures_that_are_neither_due_nor_needed_are_not_decoded(
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ego2robot.decode import pyav
+
+    decoded = []
+    honest = pyav.pictures
+
+    def counted(*args: object) -> Iterator[pyav.Picture]:
+        for picture in honest(*args):  # type: ignore[arg-type]
+            decoded.append(picture.time_s)
+            yield picture
+
+    monkeypatch.setattr(pyav, "pictures", counted)
+    path = write_video(tmp_path / "a.mp4", 120, 160, 90, codec=codec, bframes=3, gop=40)
+    frames, times, _ = read(path, spec=SMALL)
+    assert numbers(frames) == list(range(0, 120, 5))
+    assert times == pytest.approx(np.arange(24) / 6, abs=1e-6)
+    assert len(decoded) <= 100
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_fast_gives_the_picture_before_with_its_own_time(codec: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 120, 160, 90, codec=codec, bframes=3, gop=40)
+    blob = blob_of(path)
+    info, due = probe("a", blob), np.arange(24) / 6
+    batches = list(PYAV.read("a", blob, info, due, SMALL, "cpu", fast=True))
+    times = np.concatenate([batch.times_s for batch in batches])
+    frames = torch.cat([batch.frames_THWC for batch in batches]).numpy()
+    assert len(times) == 24
+    assert numbers(frames) == np.rint(times * 30).tolist()
+    early = due - times
+    assert (early > -1e-6).all()
+    assert 1 / 60 < early.max() < 2.5 / 30  # of two or three pictures between references
+    assert not any(batch.corrupt.any() for batch in batches)
+    same = early < 1e-6
+    assert min(psnr(a, b) for a, b in zip(frames[same], read(path, spec=SMALL)[0][same], strict=True)) >= 40
+
+
+def test_fast_is_exact_where_every_picture_is_referred_to(long: dict[str, Path]) -> None:
+    path = write_video(long["mp4"].with_name("p.mp4"), 90, 160, 90, gop=30)
+    info, due = probe("a", blob_of(path)), np.arange(18) / 6
+    batches = list(PYAV.read("a", blob_of(path), info, due, SMALL, "cpu", fast=True))
+    frames, times, _ = read(path, due, spec=SMALL)
+    assert np.array_equal(np.concatenate([batch.times_s for batch in batches]), times)
+    assert (
+        min(psnr(a, b) for a, b in zip(torch.cat([b.frames_THWC for b in batches]), frames, strict=True)) > 50
+    )
+
+
 # -- the right way up, size and colour ------------------------------------------------------------
 
 
@@ -405,7 +456,8 @@ def test_a_refusal_falls_back_and_says_why(tmp_path: Path) -> None:
 
 def test_describe_lists_every_backend() -> None:
     found = describe()
-    assert [name for name, _, _ in found] == ["pyav", "torchcodec", "decord"]
+    names = ["pyav", "nvdec", "torchcodec", "pynvvideocodec", "dali", "decord"]
+    assert [name for name, _, _ in found] == names
     assert all(missing or version for _, missing, version in found)
 
 
