@@ -278,15 +278,14 @@ def test_fast_gives_the_picture_before_with_its_own_time(codec: str, tmp_path: P
     assert min(psnr(a, b) for a, b in zip(frames[same], read(path, spec=SMALL)[0][same], strict=True)) >= 40
 
 
-def test_fast_is_exact_where_every_picture_is_referred_to(long: dict[str, Path]) -> None:
-    path = write_video(long["mp4"].with_name("p.mp4"), 90, 160, 90, gop=30)
+def test_fast_is_exact_where_every_picture_is_referred_to(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 90, 160, 90, gop=30)
     info, due = probe("a", blob_of(path)), np.arange(18) / 6
     batches = list(PYAV.read("a", blob_of(path), info, due, SMALL, "cpu", fast=True))
+    fast = torch.cat([batch.frames_THWC for batch in batches]).numpy()
     frames, times, _ = read(path, due, spec=SMALL)
     assert np.array_equal(np.concatenate([batch.times_s for batch in batches]), times)
-    assert (
-        min(psnr(a, b) for a, b in zip(torch.cat([b.frames_THWC for b in batches]), frames, strict=True)) > 50
-    )
+    assert psnr(fast, frames) > 50
 
 
 # -- the right way up, size and colour ------------------------------------------------------------

@@ -43,6 +43,7 @@ def read_clips(
     spec: FrameSpec,
     backend: Backend,
     device: str,
+    fast: bool = False,
 ) -> Iterator[ClipFrames | ClipFailure]:
     """Decodes some clips of a video in one pass; clips that overlap share their frames.
 
@@ -51,6 +52,7 @@ def read_clips(
         clips: in ascending order of ``first``, all on one grid.
         device: where the frames are wanted; a backend that cannot leave them there hands them over
             from the CPU.
+        fast: as of :meth:`Backend.read`.
 
     Yields:
         One answer per clip, in the order given, as soon as it and those before it are complete. Frames
@@ -73,7 +75,7 @@ def read_clips(
     where = device if device.partition(":")[0] in backend.devices else "cpu"
     waiting = deque(clips)
     filling: deque[_Open] = deque()
-    for batch in backend.read(name, blob, info, grid / sample_fps, spec, where):
+    for batch in backend.read(name, blob, info, grid / sample_fps, spec, where, fast):
         frames_THWC = batch.frames_THWC.to(device)
         for k, time_s in enumerate(batch.times_s.tolist()):
             due = int(grid[batch.first + k])

@@ -56,7 +56,14 @@ class Backend(Protocol):
         """None when it can decode such a video exactly, else why not."""
 
     def read(
-        self, name: str, blob: Blob, info: VideoInfo, times_s: np.ndarray, spec: FrameSpec, device: str
+        self,
+        name: str,
+        blob: Blob,
+        info: VideoInfo,
+        times_s: np.ndarray,
+        spec: FrameSpec,
+        device: str,
+        fast: bool = False,
     ) -> Iterator[FrameBatch]:
         """The frames that are on screen at ``times_s``, in one forward pass.
 
@@ -66,6 +73,9 @@ class Backend(Protocol):
                 screen at t when its own time is ≤ t (plus half a microsecond) and no later frame's is.
             spec: area scaling into its content rectangle, the rest black; rotation is applied first.
             device: ``cpu`` or ``cuda``.
+            fast: pictures that no other refers to may be passed over, and those that are not may be a
+                little less clean: then the picture before is given, with its own time. A backend that has
+                no such way decodes exactly.
 
         Yields:
             Batches of at most 16 frames, in order, none left out. The stream may end early: then the

@@ -1,7 +1,7 @@
 """Decoding with PyAV, whose wheel brings its own FFmpeg: the default on a CPU.
 
-One forward pass, one thread (there is one process per core). Exact: nothing is skipped inside a
-stretch that is decoded, and what a seek found is checked before it is used.
+One forward pass, one thread (there is one process per core). Exact: what is left out inside a stretch
+that is decoded is neither due nor needed for what is, and what a seek found is checked before it is used.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
+from av.codec.context import Flags2
 
 from ego2robot.decode.base import FrameBatch
+from ego2robot.decode.packets import LOOKAHEAD, References, needed
 from ego2robot.decode.picture import Batcher
 from ego2robot.errors import VideoError
 from ego2robot.types import Blob, FrameSpec, VideoInfo
@@ -85,11 +87,18 @@ class Picture:
     after_damage: bool  # damage was reported since the picture before it: some may be lost between
 
 
-def pictures(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[Picture]:
+Packets = Iterator["av.Packet[av.VideoStream] | None"]
+
+
+def pictures(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    thin: Callable[[Packets], Packets] = lambda packets: packets,
+) -> Iterator[Picture]:
     """Decodes from where the container stands, in ascending order of presentation.
 
     Pictures before the first keyframe (which may refer to what came before it) are left out. Damaged
-    packets are passed over.
+    packets are passed over. ``thin`` may leave out packets that nothing else is decoded from.
     """
     tick = float(stream.time_base or 1)
     step = float(1 / stream.average_rate) if stream.average_rate else 0.0
@@ -99,7 +108,7 @@ def pictures(container: av.container.InputContainer, stream: av.VideoStream) -> 
     damage: float | None = None  # presentation time of the latest packet that was damaged
     after_damage = False
     last = -math.inf
-    for packet in _packets(container, stream):
+    for packet in thin(_packets(container, stream)):
         expected = last + step if last > -math.inf else -math.inf
         if packet is None:  # the container itself is damaged here
             damage, after_damage = expected, True
@@ -137,9 +146,7 @@ def pictures(container: av.container.InputContainer, stream: av.VideoStream) -> 
                 after_damage = damage is not None
 
 
-def _packets(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[av.Packet[av.VideoStream] | None]:
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
     """Packets to the end, the empty one that flushes last; None where reading failed but went on."""
     errors = 0
     while True:
@@ -191,14 +198,21 @@ class PyAV:
         return None
 
     def read(
-        self, name: str, blob: Blob, info: VideoInfo, times_s: np.ndarray, spec: FrameSpec, device: str
+        self,
+        name: str,
+        blob: Blob,
+        info: VideoInfo,
+        times_s: np.ndarray,
+        spec: FrameSpec,
+        device: str,
+        fast: bool = False,
     ) -> Iterator[FrameBatch]:
         if not len(times_s):
             return
         due = (np.asarray(times_s, np.float64) + info.start_s).tolist()
         try:
             with ExitStack() as stack:
-                yield from _Pass(name, blob, info, due, stack).batches(Batcher(name, spec, info))
+                yield from _Pass(name, blob, info, due, fast, stack).batches(Batcher(name, spec, info))
         except (av.FFmpegError, OSError) as error:
             cause = f"cannot be read ({error.strerror})"
             raise VideoError(name, cause, "check or re-download the file") from None
@@ -210,8 +224,13 @@ class _Pass:
     container: av.container.InputContainer
     stream: av.VideoStream
 
-    def __init__(self, name: str, blob: Blob, info: VideoInfo, due: list[float], stack: ExitStack) -> None:
+    def __init__(
+        self, name: str, blob: Blob, info: VideoInfo, due: list[float], fast: bool, stack: ExitStack
+    ) -> None:
         self.name, self.blob, self.info, self.due, self.stack = name, blob, info, due, stack
+        self.fast = fast
+        self.until = [t + EPSILON_S for t in due]  # a picture of this time is still on screen then
+        self.left_out: deque[float] = deque(maxlen=4 * LOOKAHEAD)  # times of pictures that nobody asked for
         self.sought_s = -math.inf
         self._open()
 
@@ -219,7 +238,7 @@ class _Pass:
         due, n, i = self.due, len(self.due), 0
         held: Picture | None = None
         start = self.info.start_s
-        source = self._skip_to(due[0], start) or pictures(self.container, self.stream)
+        source = self._skip_to(due[0], start) or self._pictures()
         while i < n:
             picture = next(source, None)
             # The last picture stays for its own duration, any other until the next one comes.
@@ -228,8 +247,7 @@ class _Pass:
                 shown = held or picture  # nothing comes before the first picture of a video
                 assert shown is not None
                 # Around damage, a hole is a picture that was lost, not one that stays long.
-                hole = until - shown.time_s > 1.5 / self.info.fps
-                lost = hole and picture is not None and picture.after_damage
+                lost = picture is not None and picture.after_damage and self._hole(shown.time_s, until)
                 full = batcher.add(shown.frame, shown.time_s - start, shown.corrupt or lost)
                 i += 1
                 if full:
@@ -248,6 +266,23 @@ class _Pass:
         self.stack.close()
         self.container, self.stream = self.stack.enter_context(open_stream(self.name, self.blob))
         self.tick = float(self.stream.time_base or 1)
+        context = self.stream.codec_context
+        self.references = References(self.info.codec, context.extradata)
+        if self.fast:
+            context.options = {"skip_loop_filter": "noref"}
+            context.flags2 |= Flags2.fast
+
+    def _pictures(self) -> Iterator[Picture]:
+        return pictures(self.container, self.stream, self._thin)
+
+    def _thin(self, packets: Packets) -> Packets:
+        due = self.until if not self.fast else []
+        return needed(packets, self.references, due, self.tick, self.left_out.append)
+
+    def _hole(self, shown_s: float, until_s: float) -> bool:
+        """Whether the picture after the one shown never came, counting those that were left out."""
+        next_s = min((t for t in self.left_out if shown_s < t < until_s), default=until_s)
+        return next_s - shown_s > 1.5 / self.info.fps
 
     def _end_of(self, last: Picture | None) -> float:
         if last is None:
@@ -272,11 +307,11 @@ class _Pass:
                 self.container.seek(math.floor((target_s - back) / self.tick), stream=self.stream)
             except av.FFmpegError:
                 break
-            source = pictures(self.container, self.stream)
+            source = self._pictures()
             first = next(source, None)
             # Indices go by decoding time, some containers only guess: too late means try earlier.
             if first and first.time_s <= target_s + EPSILON_S:
                 return itertools.chain((first,), source)
             back = max(1.0, 2 * back)
         self._open()
-        return pictures(self.container, self.stream)
+        return self._pictures()
