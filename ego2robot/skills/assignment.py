@@ -8,13 +8,13 @@ depend on who made it.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import json
 import os
 import socket
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -169,13 +169,20 @@ class Work:
         missing = {unit.index for unit in self.left()}
         todo = [unit for unit in shard.mine(self.vectors.units) if unit.index in missing]
         total, done = sum(unit.rows for unit in todo), 0
-        for block in self.vectors.read(todo):
-            self._assign_unit(block, fit, details)
-            done += block.unit.rows
-            tell(f"assigned {done:,} of {total:,} clips")
+        writers = max(1, len(os.sched_getaffinity(0)) // 2)
+        with ThreadPoolExecutor(writers) as pool:
+            waiting: deque[Future[None]] = deque()
+            for block in self.vectors.read(todo):
+                found = assign_rows(block.x_ND, fit, self.device)
+                waiting.append(pool.submit(self._write_unit, block, found, details))
+                while len(waiting) > writers:  # what waits to be written is held in memory
+                    waiting.popleft().result()
+                done += block.unit.rows
+                tell(f"assigned {done:,} of {total:,} clips")
+            for one in waiting:
+                one.result()
 
-    def _assign_unit(self, block: Block, fit: Fit, details: Details) -> None:
-        found = assign_rows(block.x_ND, fit, self.device)
+    def _write_unit(self, block: Block, found: list[tuple[np.ndarray, np.ndarray]], details: Details) -> None:
         order = pc.sort_indices(block.clip_ids)
         about = details.of(block.unit, block.clip_ids)
         table = pa.table(
@@ -272,36 +279,45 @@ class Survey:
 def survey(parts: Sequence[Path], model: int, k: int, n_nearest: int) -> Survey:
     """Sizes, medoids and labels of the clusters, in one pass over the parts."""
     counts = np.zeros(k, np.int64)
-    nearest: list[list[tuple[float, str]]] = [[] for _ in range(k)]
+    best = np.zeros(0, [("cluster", "<i4"), ("distance", "<f4"), ("clip_id", "S1")])
     pairs: Counter[tuple[str | None, int]] = Counter()
     columns = ["clip_id", f"cluster_{model}", f"distance_{model}", "label"]
     for path in parts:
         table = pq.read_table(path, columns=columns)
         clusters, distances = (table[name].to_numpy() for name in columns[1:3])
-        found = np.bincount(clusters, minlength=k)
-        counts += found
+        counts += np.bincount(clusters, minlength=k)
         # Rows are sorted by id, and so are equals after a stable sort.
-        order = np.lexsort((distances, clusters))
-        starts = np.cumsum(found) - found
-        for cluster in np.flatnonzero(found):
-            best = order[starts[cluster] : starts[cluster] + min(n_nearest, found[cluster])]
-            ids = table["clip_id"].take(pa.array(best)).to_pylist()
-            nearest[cluster] = heapq.nsmallest(
-                n_nearest, [*nearest[cluster], *zip(distances[best].tolist(), ids, strict=True)]
-            )
+        order = _first(np.lexsort((distances, clusters)), clusters, n_nearest)
+        text = table["clip_id"].take(pa.array(order)).cast(pa.binary()).to_numpy().astype("S")
+        width = max(text.itemsize, best["clip_id"].itemsize)
+        kind = [("cluster", "<i4"), ("distance", "<f4"), ("clip_id", f"S{width}")]
+        found = np.empty(len(order), kind)
+        found["cluster"], found["distance"], found["clip_id"] = clusters[order], distances[order], text
+        best = np.concatenate([best.astype(kind), found])
+        order = np.lexsort((best["clip_id"], best["distance"], best["cluster"]))
+        best = best[_first(order, best["cluster"], n_nearest)]
         grouped = table.group_by(["label", f"cluster_{model}"]).aggregate([([], "count_all")])
         for row in grouped.to_pylist():
             pairs[row["label"], row[f"cluster_{model}"]] += row["count_all"]
-    medoids = [best[0][1] if best else "" for best in nearest]
+    ends = np.searchsorted(best["cluster"], np.arange(k + 1))
+    nearest = [[i.decode() for i in best["clip_id"][a:b].tolist()] for a, b in itertools.pairwise(ends)]
+    medoids = [ids[0] if ids else "" for ids in nearest]
     by_size = sorted((i for i in range(k) if counts[i]), key=lambda i: (-counts[i], medoids[i]))
     number = np.full(k, -1, np.int32)
     number[by_size] = np.arange(len(by_size), dtype=np.int32)
     return Survey(
         number,
         counts[by_size],
-        [[clip_id for _, clip_id in nearest[i]] for i in by_size],
+        [nearest[i] for i in by_size],
         Counter({(label, int(number[c])): n for (label, c), n in pairs.items()}),
     )
+
+
+def _first(order: np.ndarray, clusters: np.ndarray, n: int) -> np.ndarray:
+    """The first ``n`` of each cluster in ``order``, which goes cluster by cluster."""
+    of = clusters[order]
+    starts = np.searchsorted(of, of)  # where each one's cluster begins
+    return order[np.arange(len(order)) - starts < n]
 
 
 def ranges(clip_ids: pa.Array, rows: int, most: int) -> Iterator[tuple[str | None, str | None]]:
