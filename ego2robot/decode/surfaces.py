@@ -258,7 +258,6 @@ class _Picker:
 
     def _fill(self, shown: Surface, corrupt: bool) -> None:
         k = len(self._times)
-        self._times.append(shown.time_s - self._info.start_s)
         if shown is self._held and not (shown.lasts or self._is_drawn(shown)):
             corrupt = True  # overwritten, as a later picture was promised that never came
         with self._on_stream():
@@ -271,6 +270,7 @@ class _Picker:
                 if frame_HWC.data_ptr() != frames_THWC[k].data_ptr():
                     frames_THWC[k].copy_(frame_HWC)
                 self._greys.append(grey_hw)
+        self._times.append(shown.time_s - self._info.start_s)
         self._corrupt.append(corrupt)
 
     def _draw(self, surface: Surface) -> tuple[torch.Tensor, torch.Tensor]:
