@@ -1,13 +1,6 @@
 """Which frames a model looks at, and the small pictures it gets: resize and crop, exactly Pillow's.
 
-The models were made with Pillow's antialiased resize. One grey level is 0.017 after normalisation, so a
-resize that is only close is not close enough. Pillow works in fixed point (libImaging/Resample.c): one
-horizontal and one vertical pass, each a sum of pixels times integer weights with 22 fractional bits,
-rounded to 8 bits. Such sums are exact in float64 whatever their order, so plain matrix products give
-Pillow's bytes on any device.
-
-Pillow 13 does the vertical pass first for some pictures over twice as tall as wide (one grey level, here
-and there); here it is the horizontal one always, as in every Pillow before.
+How that is computed is in ``ego2robot_kernels.model_input``; here is what a folder of weights asks for.
 """
 
 from __future__ import annotations
@@ -16,43 +9,26 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from ego2robot_kernels.model_input import Filter, Picture, resize_and_crop
 
 from ego2robot.errors import UserError
 
-Filter = Literal["bilinear", "bicubic"]
-WEIGHT_BITS = 22  # Pillow: 32 - 8 bits of pixel - 2 bits of headroom
-SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
+__all__ = [
+    "CLIP_PICTURE",
+    "VIDEOMAE_PICTURE",
+    "CLIPPreprocess",
+    "Picture",
+    "VideoMAEPreprocess",
+    "read_picture",
+    "resize_and_crop",
+]
+
 PILLOW_FILTERS: dict[int, Filter] = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
-BLOCK = 16  # output pixels whose common input window is multiplied at once
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What a model's ``preprocessor_config.json`` says.
-
-    Attributes:
-        shortest_edge: pixels, after the resize that keeps the aspect ratio.
-        crop: (height, width) of the centre crop, pixels.
-        mean, std: of the normalisation, per colour, of values in [0, 1].
-    """
-
-    shortest_edge: int = 224
-    crop: tuple[int, int] = (224, 224)
-    resample: Filter = "bilinear"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-    def normalise(self, pixels_THWC: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., h, w, 3] to float32 [..., 3, h, w], on the same device."""
-        mean, std = (torch.tensor(v, device=pixels_THWC.device) for v in (self.mean, self.std))
-        return ((pixels_THWC.float() / 255 - mean) / std).movedim(-1, -3)
-
 
 # transformers' own defaults, which also fill what a configuration leaves out.
 VIDEOMAE_PICTURE = Picture()
@@ -176,92 +152,3 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def resize_and_crop(frames_THWC: torch.Tensor, picture: Picture) -> torch.Tensor:
-    """Pillow's resize of the shortest edge, then the centre crop, bit for bit.
-
-    Only the rows and columns that survive the crop are computed.
-
-    Args:
-        frames_THWC: uint8 RGB [T, H, W, 3], any device.
-
-    Returns:
-        uint8 [T, *picture.crop, 3], contiguous, on the same device.
-    """
-    height, width = frames_THWC.shape[1:3]
-    # As transformers: the longer edge is rounded down.
-    short, long = min(height, width), max(height, width)
-    longer = int(picture.shortest_edge * long / short)
-    new_height, new_width = (
-        (longer, picture.shortest_edge) if width <= height else (picture.shortest_edge, longer)
-    )
-    top, left = (new_height - picture.crop[0]) // 2, (new_width - picture.crop[1]) // 2
-    device = frames_THWC.device
-    # A CPU skips most of the zero weights and keeps the planes of one frame in its cache; for a GPU one
-    # large product is less work than many small ones.
-    on_cpu = device.type == "cpu"
-    across = _weights(width, new_width, left, picture.crop[1], picture.resample, on_cpu, device)
-    down = _weights(height, new_height, top, picture.crop[0], picture.resample, on_cpu, device)
-    parts = frames_THWC.split(1) if on_cpu else [frames_THWC]
-    small = [_two_passes(part, across, down) for part in parts if len(part)]
-    return torch.cat(small) if small else frames_THWC.new_empty((0, *picture.crop, 3))
-
-
-Band = tuple[int, torch.Tensor]  # first input pixel, float64 [output pixels, input pixels]
-
-
-def _two_passes(frames_THWC: torch.Tensor, across: tuple[Band, ...], down: tuple[Band, ...]) -> torch.Tensor:
-    """The horizontal, then the vertical pass: uint8 [T, H, W, 3] to uint8 [T, h, w, 3]."""
-    n, device = len(frames_THWC), frames_THWC.device
-    (y0, y1), (x0, x1) = _extent(down), _extent(across)
-    planes = torch.empty((n, 3, y1 - y0, x1 - x0), dtype=torch.float64, device=device)
-    planes.copy_(frames_THWC[:, y0:y1, x0:x1].permute(0, 3, 1, 2))
-    rows = planes.view(-1, x1 - x0)
-    columns = [rows[:, at - x0 : at - x0 + band.shape[1]] @ band.T for at, band in across]
-    middle = torch.cat(columns, 1).add_(0.5).floor_().clamp_(0, 255).view(n * 3, y1 - y0, -1)
-    bands = [torch.matmul(band, middle[:, at - y0 : at - y0 + band.shape[1]]) for at, band in down]
-    # What is left after the clamp is positive, so the conversion's truncation is the floor.
-    small = torch.cat(bands, 1).add_(0.5).clamp_(0, 255).to(torch.uint8)
-    return small.view(n, 3, *small.shape[1:]).permute(0, 2, 3, 1).contiguous()
-
-
-def _extent(bands: tuple[Band, ...]) -> tuple[int, int]:
-    """First and one past the last input pixel that any band reads."""
-    return min(at for at, _ in bands), max(at + band.shape[1] for at, band in bands)
-
-
-@lru_cache(maxsize=64)
-def _weights(
-    source: int, target: int, first: int, n: int, resample: Filter, banded: bool, device: torch.device
-) -> tuple[Band, ...]:
-    """Pillow's weights for output pixels ``first`` to ``first + n``, as shares (exact in float64)."""
-    taps = [_taps(source, target, i, resample) for i in range(first, first + n)]
-    block = BLOCK if banded else n
-    bands = []
-    for start in range(0, n, block):
-        some = taps[start : start + block]
-        low = min(at for at, _ in some)
-        band = np.zeros((len(some), max(at + len(weights) for at, weights in some) - low))
-        for row, (at, weights) in zip(band, some, strict=True):
-            row[at - low : at - low + len(weights)] = weights
-        bands.append((low, torch.from_numpy(band / (1 << WEIGHT_BITS)).to(device)))
-    return tuple(bands)
-
-
-def _taps(source: int, target: int, i: int, resample: Filter) -> tuple[int, np.ndarray]:
-    """First input pixel of output pixel ``i`` and the integer weights from there (libImaging/Resample.c)."""
-    scale = source / target
-    stretch = max(scale, 1.0)  # antialiasing: the filter widens when the picture shrinks
-    support = SUPPORT[resample] * stretch
-    centre = (i + 0.5) * scale
-    low, high = max(0, int(centre - support + 0.5)), min(source, int(centre + support + 0.5))
-    x = np.abs((np.arange(low, high) - centre + 0.5) * (1 / stretch))
-    if resample == "bilinear":
-        weights = np.where(x < 1, 1 - x, 0.0)
-    else:  # Keys' cubic with a = -0.5
-        near = (1.5 * x - 2.5) * x * x + 1
-        far = (((x - 5) * x + 8) * x - 4) * -0.5
-        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    weights /= math.fsum(weights)
-    return low, np.trunc(weights * (1 << WEIGHT_BITS) + np.where(weights < 0, -0.5, 0.5))
