@@ -14,7 +14,7 @@ import itertools
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -25,6 +25,7 @@ import torch
 from ego2robot_kernels.motion import SIZE as GREY_SIZE
 
 from ego2robot.decode.base import FrameBatch
+from ego2robot.decode.packets import LOOKAHEAD, References, needed
 from ego2robot.decode.pyav import (
     EPSILON_S,
     MAX_READ_ERRORS,
@@ -133,6 +134,10 @@ class Source(Protocol):
     def stream(self) -> torch.cuda.Stream | None:
         """As of :class:`Engine`."""
 
+    @property
+    def left_out(self) -> Iterable[float]:
+        """Times of the latest pictures that were not decoded, as they are neither due nor needed."""
+
     def surfaces(self) -> Iterator[Surface]:
         """In ascending order of ``time_s``. One may only be read before the next is asked for."""
 
@@ -150,7 +155,7 @@ def read(
     Raises:
         VideoError: ``unsupported`` when the decoder cannot go on; no picture can be decoded.
     """
-    picker = _Picker(info, times_s, spec, device, source.stream)
+    picker = _Picker(info, times_s, spec, device, source)
     surfaces = source.jump(picker.due[0], info.start_s) or source.surfaces()
     while not picker.done:
         surface = next(surfaces, None)
@@ -181,7 +186,7 @@ def read_packets(
     if not len(times_s):
         return
     try:
-        with PacketSource(name, blob, info.start_s, make, fast) as source:
+        with PacketSource(name, blob, info, times_s, make, fast) as source:
             yield from read(name, source, info, times_s, spec, device)
     except DecoderError as error:
         raise VideoError(name, str(error), HINT, "unsupported") from None
@@ -199,12 +204,13 @@ class _Picker:
         times_s: np.ndarray,
         spec: FrameSpec,
         device: str,
-        stream: torch.cuda.Stream | None,
+        source: Source,
     ) -> None:
         self.due: list[float] = (np.asarray(times_s, np.float64) + info.start_s).tolist()
         self.at = 0  # index of the due time that is filled next
         self.seen = False
-        self._info, self._spec, self._device, self._stream = info, spec, device, stream
+        self._info, self._spec, self._device = info, spec, device
+        self._source, self._stream = source, source.stream
         self._content = spec.content(info.width, info.height)
         self._held: Surface | None = None
         self._drawn: tuple[Surface, torch.Tensor, torch.Tensor] | None = None  # what one became
@@ -237,8 +243,7 @@ class _Picker:
             shown = held or surface
             assert shown is not None
             # Around damage, a hole is a picture that was lost, not one that stays long.
-            hole = until - shown.time_s > 1.5 / self._info.fps
-            lost = hole and surface is not None and surface.after_damage
+            lost = surface is not None and surface.after_damage and self._hole(shown.time_s, until)
             early = shown.time_s > self.next_due + EPSILON_S  # its predecessor could not be decoded
             self._fill(shown, shown.corrupt or lost or early)
             self.at += 1
@@ -255,6 +260,11 @@ class _Picker:
     def take(self) -> FrameBatch | None:
         """What has been collected, None where that is nothing."""
         return self._taken() if self._times else None
+
+    def _hole(self, shown_s: float, until_s: float) -> bool:
+        """Whether the picture after the one shown never came, counting those that were left out."""
+        next_s = min((t for t in self._source.left_out if shown_s < t < until_s), default=until_s)
+        return next_s - shown_s > 1.5 / self._info.fps
 
     def _fill(self, shown: Surface, corrupt: bool) -> None:
         k = len(self._times)
@@ -400,23 +410,28 @@ class PacketSource:
     """Surfaces of the packets that libav's demuxer reads, decoded by an engine.
 
     Args:
-        start_s: presentation time of the video's first picture.
+        times_s: the due times. Pictures that are on screen at none and that no other refers to are not
+            decoded.
         make: the engine for a stream; the source keeps it until it is closed.
-        fast: leave out packets that no other picture refers to.
+        fast: leave out all pictures that no other refers to, due or not.
     """
 
     def __init__(
         self,
         name: str,
         blob: Blob,
-        start_s: float,
+        info: VideoInfo,
+        times_s: np.ndarray,
         make: Callable[[av.VideoStream], AbstractContextManager[Engine]],
         fast: bool = False,
     ) -> None:
-        self._name, self._blob, self._fast = name, blob, fast
+        self._name, self._blob, self._codec = name, blob, info.codec
+        due = np.asarray(times_s, np.float64) + info.start_s + EPSILON_S
+        self._due: list[float] = [] if fast else due.tolist()
+        self.left_out: deque[float] = deque(maxlen=4 * LOOKAHEAD)
         self._stack = ExitStack()
         self._open()
-        self._seeker = Seeker(self._stream, start_s)
+        self._seeker = Seeker(self._stream, info.start_s)
         self._engine = self._stack.enter_context(make(self._stream))
         self.stream = self._engine.stream
 
@@ -473,7 +488,8 @@ class PacketSource:
     def _chosen(self, known: _Known) -> Iterator[av.Packet | None]:
         """Packets that are to be decoded, from the first keyframe on; None where reading failed."""
         waiting = MAX_WAIT_PACKETS  # for a keyframe to start from
-        for packet in self._packets():
+        references = References(self._codec, self._stream.codec_context.extradata)
+        for packet in needed(self._packets(), references, self._due, self._tick, self.left_out.append):
             if packet is None or not packet.size:
                 yield packet
                 continue
@@ -485,8 +501,6 @@ class PacketSource:
                 waiting = 0
             if waiting:
                 waiting -= 1
-                continue
-            if self._fast and self._disposable(packet):
                 continue
             if packet.pts is not None and not packet.is_discard:
                 heapq.heappush(known.coming, (packet.pts, packet.duration or 0))
@@ -529,9 +543,6 @@ class PacketSource:
                 if errors > MAX_READ_ERRORS:
                     return
                 yield None
-
-    def _disposable(self, packet: av.Packet) -> bool:
-        return packet.is_disposable
 
 
 def planes(luma: torch.Tensor, chroma: torch.Tensor, codec: str, space: int, colour_range: int) -> Planes:

@@ -206,6 +206,7 @@ class _PacketDecoder:
         self._tick = float(self._guided.time_base or 1)
         self._seeker = Seeker(self._guided, info.start_s)
         self._from_s = info.start_s
+        self.left_out = ()  # its packets are opaque: all are decoded
         self.stream = torch.cuda.Stream(hardware.device_index(device))
         self._open()
 
