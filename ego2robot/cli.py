@@ -62,8 +62,10 @@ app = typer.Typer(
 )
 export_app = typer.Typer(no_args_is_help=True, help="Write a dataset from a run.")
 models_app = typer.Typer(no_args_is_help=True, help="Model files that are not on a hub.")
+bench_app = typer.Typer(no_args_is_help=True, help="What `make bench` and `make gpu-proof` measured.")
 app.add_typer(export_app, name="export")
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Overrides = Annotated[
@@ -282,6 +284,8 @@ def status(
     if s.clips_per_s is not None and s.video_hours_per_hour is not None:
         eta = f", ETA {duration(s.eta_s)}" if s.eta_s is not None else ""
         print(f"rate       {s.clips_per_s:.2f} clips/s, {s.video_hours_per_hour:.1f} video-h/h{eta}")
+    if waits := [f"{name} {share:.0%}" for name, share in s.stalls.items() if share >= 0.01]:
+        print(f"stalls     {', '.join(waits)} of its time")
     if s.refused:
         print("quarantine " + ", ".join(f"{n} {kind}" for kind, n in s.refused.items()))
     print("embeddings " + (", ".join(s.embeddings) or "none yet"))
@@ -330,6 +334,44 @@ def models_pull(
     from ego2robot import models
 
     print(models.pull(wheel=wheel))
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A result of benchmarks/results.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+) -> None:
+    """Each ratio in both results, and its change in %."""
+    from ego2robot import bench
+
+    a, b = bench.read(before), bench.read(after)
+    if a.machine != b.machine:
+        _warn(f"{a.machine} and {b.machine} are different machines")
+    for line in bench.table(bench.compare(a, b)):
+        print(line)
+
+
+@bench_app.command("check")
+def bench_check(
+    folder: Annotated[Path, typer.Argument(help="Of results.")] = Path("benchmarks/results"),
+) -> None:
+    """Compare the newest result with the committed one before it, of the same kind of machine.
+
+    Exit 1 when a ratio dropped by more than 10 %, or failed to be measured.
+    """
+    from ego2robot import bench
+
+    verdicts = bench.check(folder)
+    for verdict in verdicts:
+        since = f"since {verdict.before.name}" if verdict.before else "the first of its machine"
+        print(f"{verdict.after.name}: {since}")
+        for line in bench.table(verdict.changes):
+            print(line)
+    drops = [(verdict, change) for verdict in verdicts for change in verdict.drops]
+    for verdict, change in drops:
+        sys.stderr.write(f"error: {verdict.after.name}: {change.text()}\n")
+    if drops:
+        raise typer.Exit(EXIT_FOUND)
 
 
 @app.command()
