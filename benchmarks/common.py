@@ -23,8 +23,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parents[1] / "runs" / "bench"  # footage and scratch; never committed
-# Scripts import each other by name; what the tests keep (MediaPipe's own detector) is imported as `tests.…`.
-sys.path.append(str(Path(__file__).parents[1]))
+# Scripts import each other by name, and the package where it is not installed; what the tests keep
+# (MediaPipe's own detector) is imported as `tests.…`.
+ROOTS = (str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels"))
+sys.path.extend(ROOTS)
 
 
 class Skip(Exception):
@@ -146,7 +148,8 @@ def run_part(part: Part, quick: bool) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         answer = Path(folder) / "part.json"
         command = [sys.executable, str(Path(__file__)), part.module, part.function, str(answer)]
-        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        roots = [*ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(roots))
         if part.threads:
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(part.threads))
         status, last = run_group(command + ["--quick"] * quick, part.budget_s, environment)

@@ -171,6 +171,7 @@ def run(quick: bool, overrides: Sequence[str] = (), turns: int | None = None) ->
             "end_to_end": _ratio(staged["all"], found["all"], "cpu_seconds"),
         },
         **agreement(mine, staged["decisions"]),
+        "decisions": {clip: one["kept"] for clip, one in mine.items()},
         "cosine_to_staged": cosines(last, folder / "vectors.npz"),
     }
     shutil.rmtree(folder)
