@@ -97,8 +97,9 @@ class Triage:
 
 @section
 class Decode:
-    backend: Literal["auto", "pyav", "torchcodec", "decord"] = "auto"
+    backend: Literal["auto", "pyav", "nvdec", "torchcodec", "pynvvideocodec", "dali", "decord"] = "auto"
     mode: Literal["exact", "fast"] = "exact"  # fast: what no other frame refers to may be left out
+    streams: Annotated[int, Field(ge=1, le=64)] = 12  # units decoded at once on each GPU
     timeout_s: Positive = 600.0  # one unit of work without a finished clip for so long is given up
     triage: Triage = Triage()
 
@@ -138,7 +139,7 @@ class VideoMAE:
 
     weights: str = "MCG-NJU/videomae-base"
     pooling: Literal["mean", "first_token"] = "mean"
-    batch_size: PositiveInt = 8
+    batch_size: Annotated[int, Field(ge=0)] = 0  # clips; 0: what suits the device
 
 
 @section
@@ -147,7 +148,7 @@ class CLIP:
 
     weights: str = "openai/clip-vit-base-patch32"
     n_frames: Annotated[int, Field(ge=1, le=64)] = 3  # spread over the clip, embeddings averaged
-    batch_size: PositiveInt = 32
+    batch_size: Annotated[int, Field(ge=0)] = 0  # clips; 0: what suits the device
 
 
 @section
@@ -207,12 +208,13 @@ class Config:
     export: Export = Export()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes that decode; 0: one per core
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes that decode on CPUs; 0: one per core
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0  # with device=cuda: so many; 0: all that are there
 
 
 ADAPTER = TypeAdapter(Config)
 # What may differ between two starts of one run: where and how fast, never what comes out.
-EXECUTION_KEYS = ("run_dir", "workers", "decode.timeout_s")
+EXECUTION_KEYS = ("run_dir", "workers", "gpus", "decode.timeout_s", "decode.streams")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

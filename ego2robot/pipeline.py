@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import typing
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from ego2robot.errors import UserError, VideoError
 from ego2robot.export.lerobot import ExportResult, export_lerobot
 from ego2robot.jobs import plan as planning
 from ego2robot.jobs.embedding import Batches, PendingUnit, tables
+from ego2robot.jobs.lane import lane
 from ego2robot.jobs.pool import Event, Pool
-from ego2robot.jobs.worker import SCORES, Scoring, scoring
+from ego2robot.jobs.worker import SCORES, WAITS, Scoring, scoring
 from ego2robot.progress import Progress, Show, Tell
 from ego2robot.report import write_report
 from ego2robot.skills import cluster
@@ -60,8 +62,9 @@ def run(cfg: config.Config, show: Show = lambda _: None, tell: Tell = lambda _: 
         KeyboardInterrupt: after everything that was complete is committed.
     """
     config.check_together(cfg)
-    device = _device(cfg.device)
-    embedders, labels = load_embedders(cfg, device, tell)
+    _device(cfg.device)
+    # Where there are GPUs each has a process with models of its own; here only words are embedded.
+    embedders, labels = load_embedders(cfg, "cpu", tell)
     run_dir = RunDir.create_or_resume(cfg.run_dir, cfg, fingerprint(cfg, embedders))
     with run_dir.alone():
         return _run(run_dir, embedders, labels, show, tell)
@@ -124,11 +127,11 @@ def score_and_embed(
     batches = {e.name: Batches(e, labels if e.name == "clip" else None, meter.seconds) for e in embedders}
     committer = Committer(run_dir, _schemas(cfg, embedders), meter)
     work = Scoring(cfg, gate, tuple(e.preprocess for e in embedders), hands_dtype=_hands_dtype(run_dir))
-    pool = Pool(scoring, (work,), min(_workers(cfg), len(todo)), cfg.decode.timeout_s)
+    pool, meter.threads = _pool(work, len(todo))
     active: dict[str, PendingUnit] = {}
     try:
         with closing(pool.run(todo)) as events:
-            for event in events:
+            for event in meter.timed(events):
                 unit = active.setdefault(event.task.unit_id, PendingUnit(event.task))
                 _take(event, unit, batches, meter, tell)
                 for key in [key for key, pending in active.items() if pending.complete]:
@@ -154,6 +157,8 @@ def _take(event: Event, unit: PendingUnit, batches: Mapping[str, Batches], meter
         meter.clip(clip.row)
         for name, prepared in event.value.prepared.items():
             batches[name].add(clip, prepared)
+        for name, vector in event.value.vectors.items():
+            batches[name].accept(clip, vector)
     elif event.kind == "done":
         unit.end()
     elif event.kind == "error":
@@ -191,7 +196,7 @@ def calibrate(run_dir: RunDir, units: Sequence[Unit], show: Show = lambda _: Non
         ]
         scores: dict[str, dict[str, float]] = {}
         work = Scoring(cfg, None, hands_dtype=_hands_dtype(run_dir))
-        pool = Pool(scoring, (work,), min(_workers(cfg), len(sample)), cfg.decode.timeout_s)
+        pool, _ = _pool(work, len(sample))
         with closing(pool.run(sample)) as events:
             for event in events:
                 if event.kind == "item" and event.value.scores:
@@ -268,8 +273,20 @@ def _device(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def _workers(cfg: config.Config) -> int:
-    return cfg.workers or len(os.sched_getaffinity(0))
+def _pool(work: Scoring, n_units: int) -> tuple[Pool, dict[str, int]]:
+    """Children that score: one per core, or one per GPU; and how many threads each stage has in them."""
+    cfg = work.cfg
+    if _device(cfg.device) == "cpu":
+        n = min(cfg.workers or len(os.sched_getaffinity(0)), n_units)
+        return Pool(scoring, (work,), n, cfg.decode.timeout_s), {"decode": n, "embed": 1}
+    gpus = torch.cuda.device_count()
+    if cfg.gpus > gpus:
+        raise UserError(f"gpus={cfg.gpus}: torch sees {gpus} here; use gpus=0 for all")
+    gpus = min(cfg.gpus or gpus, n_units)
+    args = [(dataclasses.replace(work, device=f"cuda:{i}"),) for i in range(gpus)]
+    threads = {"decode": gpus * cfg.decode.streams, "score": gpus, "embed": gpus, "write": 1}
+    pool = Pool(lane, args, gpus, cfg.decode.timeout_s, backlog=256, width=cfg.decode.streams)
+    return pool, threads
 
 
 class Committer:
@@ -310,6 +327,7 @@ class Meter:
         self._before = sum(len(unit.clips) for unit in units if unit.unit_id in committed)
         self._kept_before = run_dir.dataset("clips").count_rows(filter=pc.field("decision") == "kept")
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.threads: dict[str, int] = {}  # of each stage that may wait
         self._clips = self._kept = 0
         self._video_s = 0.0
         self._began = self._shown = self._written = time.monotonic()
@@ -320,6 +338,15 @@ class Meter:
         self._kept += sign * (row["decision"] == "kept")
         # The source video that a clip stands for: from its start to the next one's.
         self._video_s += sign * self._run.config.clips.stride_s
+
+    def timed(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events; the time that they let this process wait is measured."""
+        waiter = "write" if "write" in self.threads else "embed"
+        began = time.perf_counter()
+        for event in events:
+            self.seconds[f"{waiter}{WAITS}decode"] += time.perf_counter() - began
+            yield event
+            began = time.perf_counter()
 
     def tick(self, event: str = "progress", force: bool = False) -> None:
         now = time.monotonic()
@@ -348,10 +375,15 @@ class Meter:
                     "kept": self._kept,
                     "video_s": round(self._video_s, 3),
                     "elapsed_s": round(elapsed, 3),
-                    "stage_seconds": {k: round(v, 3) for k, v in sorted(self.seconds.items())},
+                    "stage_seconds": self._rounded(waits=False),
+                    "stall_seconds": self._rounded(waits=True),
+                    "threads": self.threads,
                     "rss_bytes": sum(_resident(self._process)),
                 }
             )
+
+    def _rounded(self, waits: bool) -> dict[str, float]:
+        return {k: round(v, 3) for k, v in sorted(self.seconds.items()) if (WAITS in k) == waits}
 
 
 def _resident(process: psutil.Process) -> Iterator[int]:

@@ -16,7 +16,7 @@ from transformers.models.videomae.image_processing_pil_videomae import VideoMAEI
 from ego2robot import config
 from ego2robot.errors import UserError
 from ego2robot.stages import weights as weights_module
-from ego2robot.stages.inference import compute_dtype, in_batches
+from ego2robot.stages.inference import Graphed, compute_dtype, in_batches
 from ego2robot.stages.preprocess import VideoMAEPreprocess
 from ego2robot.stages.videomae import VideoMAE
 from ego2robot.stages.weights import resolve
@@ -97,7 +97,7 @@ def test_a_padded_batch_gives_what_a_clip_alone_gives(folder: Path) -> None:
         shapes.append(len(some_BTHWC))
         return model._run(some_BTHWC)
 
-    padded = in_batches(run, clips, 4, "cpu", model.dim, model.name)
+    padded = in_batches(run, clips, 4, "cpu", model.dim, model.name, Graphed())
     assert shapes == [4, 4]
     torch.testing.assert_close(padded, model.embed(clips), rtol=0, atol=1e-5)
 

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ego2robot.errors import UserError, VideoError
+from ego2robot.errors import VideoError
 from ego2robot.jobs.plan import Refusal, quarantine_table
 from ego2robot.jobs.worker import ScoredClip, rows_of
 from ego2robot.stages import hand_motion
 from ego2robot.stages.base import Embedder
+from ego2robot.stages.inference import embed_finite
 from ego2robot.stages.labels import PromptLabels
 from ego2robot.store import schema
 from ego2robot.types import Unit
@@ -62,10 +63,11 @@ class PendingUnit:
         row, hands = rows_of(scored, self.unit)
         clip = PendingClip(row, hands)
         if scored.decision == "kept":
-            clip.waiting_for = set(embedders)
+            clip.waiting_for = set(embedders) - set(scored.vectors)
             if scored.hand_motion is not None:
                 clip.vectors[hand_motion.NAME] = scored.hand_motion
-        elif scored.decision == "failed" and not self.refusals:  # one line a unit is enough
+        elif scored.decision == "failed" and not scored.scores and not self.refusals:
+            # It was never seen; one line a unit is enough.
             name, reason = self.unit.video.name, scored.reason or ""
             self.refuse("decode", VideoError(name, reason, "its other clips are used", "truncated"))
         self.clips[scored.clip.clip_id] = clip
@@ -93,7 +95,7 @@ class Batches:
     def __init__(self, embedder: Embedder, labels: PromptLabels | None, seconds: dict[str, float]) -> None:
         self._embedder, self._labels, self._seconds = embedder, labels, seconds
         self._waiting: list[tuple[PendingClip, np.ndarray]] = []
-        self._finite = 0
+        self._proven = False
 
     @property
     def name(self) -> str:
@@ -119,39 +121,27 @@ class Batches:
             return
         waiting, self._waiting = self._waiting, []
         began = time.perf_counter()
-        vectors = self._embed(waiting)
-        if vectors is None and len(waiting) > 1:
-            singles = [self._embed([pair]) for pair in waiting]
-        else:
-            singles = [None if vectors is None else vectors[i : i + 1] for i in range(len(waiting))]
-        if self._finite == 0 and all(single is None for single in singles):
-            raise UserError(
-                f"{self.name}: {self._embedder.weights} gives vectors that are not finite for every clip; "
-                "check the weights, or use others"
-            )
-        for (clip, _), single in zip(waiting, singles, strict=True):
+        vectors = embed_finite(
+            self._embedder, [torch.from_numpy(prepared) for _, prepared in waiting], self._proven
+        )
+        for (clip, _), vector in zip(waiting, vectors, strict=True):
             clip.waiting_for.discard(self.name)
-            if single is None:
+            if vector is None:
                 clip.fail(f"{self.name} embedding not finite")
-            elif clip.row["decision"] == "kept":
-                self._finite += 1
-                clip.vectors[self.name] = single[0].numpy()
-                if self._labels:
-                    self._add_labels(clip, single)
+            else:
+                self.accept(clip, vector)
         self._seconds[self.name] += time.perf_counter() - began
 
-    def _embed(self, waiting: Sequence[tuple[PendingClip, np.ndarray]]) -> torch.Tensor | None:
-        batch = torch.from_numpy(np.stack([prepared for _, prepared in waiting]))
-        try:
-            return self._embedder.embed(batch)
-        except FloatingPointError:
-            return None
-
-    def _add_labels(self, clip: PendingClip, vector_1D: torch.Tensor) -> None:
-        assert self._labels is not None
-        top = self._labels.labels(vector_1D)[0]
-        clip.row["label"], clip.row["label_score"] = top[0]
-        clip.row["labels"] = [{"label": label, "score": score} for label, score in top]
+    def accept(self, clip: PendingClip, vector: np.ndarray) -> None:
+        """Takes a clip's vector, float32 [dim]; labels come of CLIP's."""
+        self._proven = True
+        if clip.row["decision"] != "kept":  # another embedder failed it
+            return
+        clip.vectors[self.name] = vector
+        if self._labels:
+            top = self._labels.labels(torch.from_numpy(vector)[None])[0]
+            clip.row["label"], clip.row["label_score"] = top[0]
+            clip.row["labels"] = [{"label": label, "score": score} for label, score in top]
 
 
 def tables(units: Sequence[PendingUnit], schemas: Mapping[str, pa.Schema]) -> dict[str, pa.Table]:

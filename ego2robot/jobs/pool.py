@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -41,6 +42,10 @@ class Event:
     value: Any = None
     attempt: int = 1
     again: bool = False
+
+
+class Broken(Exception):
+    """The child can work on nothing any more: it ends, and its tasks are tried again in another."""
 
 
 class Pool:
@@ -320,6 +325,12 @@ def _one_task(work: Work, key: int, task: Any, send: Callable[[str, int, Any], N
             send("done", key, None)
         except VideoError as error:
             send("error", key, error)
+        except UserError as error:
+            send("fatal", key, error)
+        except Broken:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(70)
         except MemoryError:
             send("error", key, VideoError("", "out of memory", "use fewer workers", "memory"))
         except (BrokenPipeError, ConnectionResetError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ class Status:
         state: ``planning``, ``curating``, ``curated`` (every clip decided) or ``finished`` (report written).
         clips_per_s: of the latest start, None before it measured any.
         eta_s: None when nothing is left, or no rate is known.
+        stalls: "A waits for B" to the share of A's time, of the latest start; the largest first.
         refused: error class to number of units or videos in quarantine.
     """
 
@@ -34,6 +36,7 @@ class Status:
     clips_per_s: float | None
     video_hours_per_hour: float | None
     eta_s: float | None
+    stalls: dict[str, float]
     refused: dict[str, int]
     embeddings: list[str]
     skills: int | None
@@ -78,11 +81,21 @@ def status(run: RunDir) -> Status:
         clips_per_s=rate,
         video_hours_per_hour=video_rate,
         eta_s=eta,
+        stalls=stalls(metrics[-1]) if metrics else {},
         refused=_counts(run, "quarantine", "error_class"),
         embeddings=run.embeddings(),
         skills=skills["k"] if skills else None,
         episodes=info["total_episodes"] if info else None,
     )
+
+
+def stalls(line: Mapping[str, Any]) -> dict[str, float]:
+    """ "A waits for B" to the share of A's time, from a line of metrics; the largest first."""
+    found = {}
+    for name, seconds in (line.get("stall_seconds") or {}).items():
+        threads = (line.get("threads") or {}).get(name.partition(" ")[0], 1)
+        found[name] = min(1.0, seconds / max(threads * line["elapsed_s"], 1e-9))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _counts(run: RunDir, table: str, column: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ import ctypes
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ from ego2robot.stages.hands_torch import TorchHands
 from ego2robot.stages.motion import motion_scores
 from ego2robot.types import Clip, ClipFrames, Decision, FrameSpec, Hand, Unit
 
+# Seconds under a name with WAITS in it were not worked but waited: who, and for whom.
+WAITS = " waits for "
+DECODE_WAITS = f"decode{WAITS}embed"
 SCORES = ("motion", "residual_motion", "camera_motion", "camera_confidence", "hand_visibility")
 
 
@@ -58,7 +61,8 @@ class ScoredClip:
             ``hand_visibility``, as far as they were looked at.
         hands: what was found, in any looked-at frame.
         times_s: float64 [T], presentation time of each sampled frame.
-        prepared: embedder to uint8 [T, h, w, 3], for a kept clip.
+        prepared: embedder to uint8 [T, h, w, 3], for a kept clip whose vectors are not made yet.
+        vectors: embedder to float32 [dim].
         hand_motion: float32 [hand_motion.DIM], for a kept clip in which hands were looked for.
         seconds: stage to seconds, since the clip before.
     """
@@ -69,7 +73,8 @@ class ScoredClip:
     scores: dict[str, float] = field(default_factory=dict)
     hands: list[Hand] = field(default_factory=list)
     times_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    prepared: dict[str, np.ndarray] = field(default_factory=dict)
+    prepared: dict[str, np.ndarray | torch.Tensor] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
     hand_motion: np.ndarray | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -125,10 +130,11 @@ def scoring(work: Scoring) -> Callable[[Unit], Iterator[ScoredClip]]:
             if isinstance(found, decode.ClipFailure):
                 scored = ScoredClip(found.clip, "failed", found.reason)
             else:
-                scored = _score_clip(found, work, detector, watch)
+                (scored,) = score_clips([found], work, detector, watch)
+                scored.prepared = {name: np.asarray(each) for name, each in scored.prepared.items()}
             scored.seconds = watch.take()
             yield scored
-            watch.lap("send")
+            watch.lap(DECODE_WAITS)
 
     return score
 
@@ -148,46 +154,82 @@ def hand_detector(work: Scoring) -> HandDetector | None:
     )
 
 
-def _score_clip(
-    frames: ClipFrames, work: Scoring, detector: HandDetector | None, watch: Stopwatch
-) -> ScoredClip:
+def score_clips(
+    clips: Sequence[ClipFrames], work: Scoring, detector: HandDetector | None, watch: Stopwatch
+) -> list[ScoredClip]:
+    """Motion, gate, hands, gate, camera, gate; then what survivors need. Clips do not depend on each other.
+
+    Args:
+        clips: of one picture size, on one device, where everything is computed.
+        watch: gets a lap for every stage.
+
+    Returns:
+        One answer per clip, in their order. Pictures for the embedders stay on the device.
+    """
     cfg, gate = work.cfg, work.gate
-    n = len(frames.frames_THWC)
-    scored = ScoredClip(frames.clip, "dropped", times_s=frames.times_s)
-    scored.scores["motion"] = float(motion_scores([frames])[0])
+    scored = [ScoredClip(clip.clip, "dropped", times_s=clip.times_s) for clip in clips]
+    for one, motion in zip(scored, motion_scores(clips).tolist(), strict=True):
+        one.scores["motion"] = motion
+        one.reason = gate.refuses_motion(motion) if gate else None
     watch.lap("motion")
-    scored.reason = gate.refuses_motion(scored.scores["motion"]) if gate else None
-    if detector and not scored.reason:
-        looked = np.arange(0, n, cfg.hands.every)
-        found = detector.detect(frames.frames_THWC, looked, frames.content)
-        scored.scores["hand_visibility"] = visibility(found)
-        scored.hands = [hand for hands in found for hand in hands]
+    left = [i for i, one in enumerate(scored) if not one.reason]
+    if detector and left:
+        looked = {i: np.arange(0, len(clips[i].frames_THWC), cfg.hands.every) for i in left}
+        found = detector.detect_batch([_request(clips[i], looked[i]) for i in left])
+        for i, hands in zip(left, found, strict=True):
+            one = scored[i]
+            one.scores["hand_visibility"] = visibility(hands)
+            one.hands = [hand for frame in hands for hand in frame]
+            one.reason = gate.refuses_hands(one.scores["hand_visibility"]) if gate else None
         watch.lap("hands")
-        scored.reason = gate.refuses_hands(scored.scores["hand_visibility"]) if gate else None
     # Hands that are known are left out: the rest of the picture tells more of the camera.
-    camera = camera_scores([frames], [scored.hands])
-    scored.scores |= {name: float(values[0]) for name, values in camera.items()}
+    camera = camera_scores(clips, [one.hands for one in scored])
+    for i, one in enumerate(scored):
+        one.scores |= {name: float(values[i]) for name, values in camera.items()}
+        if gate and not one.reason:
+            one.reason = gate.refuses_camera(one.scores["residual_motion"], one.scores["camera_motion"])
     watch.lap("camera")
-    if gate and not scored.reason:
-        scored.reason = gate.refuses_camera(scored.scores["residual_motion"], scored.scores["camera_motion"])
-    if scored.reason or not gate:
-        return scored
-    scored.decision = "kept"
-    if detector:
-        if cfg.hands.dense:
-            rest = np.setdiff1d(np.arange(n), looked)
-            more = detector.detect(frames.frames_THWC, rest, frames.content)
-            scored.hands += [hand for hands in more for hand in hands]
-            scored.hands.sort(key=lambda hand: (hand.frame, hand.side))
-        if cfg.embed.hand_motion:
-            aspect = cfg.frames.width / cfg.frames.height
-            scored.hand_motion = hand_motion.hand_motion(scored.hands, n, aspect)
-        watch.lap("hands")
-    for preprocess in work.preprocess:
-        picked = frames.frames_THWC[torch.from_numpy(preprocess.indices(n))]
-        scored.prepared[preprocess.name] = preprocess.prepare(picked).cpu().numpy()
-    watch.lap("prepare")
+    if gate:
+        left = [i for i, one in enumerate(scored) if not one.reason]
+        _complete([clips[i] for i in left], [scored[i] for i in left], work, detector, watch)
     return scored
+
+
+def _complete(
+    clips: Sequence[ClipFrames],
+    kept: Sequence[ScoredClip],
+    work: Scoring,
+    detector: HandDetector | None,
+    watch: Stopwatch,
+) -> None:
+    """What kept clips need besides their scores: all landmarks, and pictures for the embedders."""
+    cfg = work.cfg
+    for one in kept:
+        one.decision = "kept"
+    if detector and kept and cfg.hands.dense:
+        frames = [np.arange(len(clip.frames_THWC)) for clip in clips]
+        rest = [each[each % cfg.hands.every != 0] for each in frames]
+        found = detector.detect_batch([_request(clip, some) for clip, some in zip(clips, rest, strict=True)])
+        for one, hands in zip(kept, found, strict=True):
+            one.hands += [hand for frame in hands for hand in frame]
+            one.hands.sort(key=lambda hand: (hand.frame, hand.side))
+    if detector and cfg.embed.hand_motion:
+        aspect = cfg.frames.width / cfg.frames.height
+        for clip, one in zip(clips, kept, strict=True):
+            one.hand_motion = hand_motion.hand_motion(one.hands, len(clip.frames_THWC), aspect)
+    watch.lap("hands")
+    for clip, one in zip(clips, kept, strict=True):
+        for preprocess in work.preprocess:
+            picked = torch.from_numpy(preprocess.indices(len(clip.frames_THWC)))
+            frames_THWC = clip.frames_THWC[picked.to(clip.frames_THWC.device)]
+            one.prepared[preprocess.name] = preprocess.prepare(frames_THWC)
+    watch.lap("prepare")
+
+
+def _request(
+    clip: ClipFrames, frames: np.ndarray
+) -> tuple[torch.Tensor, np.ndarray, tuple[int, int, int, int]]:
+    return clip.frames_THWC, frames, clip.content
 
 
 def rows_of(scored: ScoredClip, unit: Unit) -> tuple[dict[str, Any], list[dict[str, Any]]]:

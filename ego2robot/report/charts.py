@@ -181,9 +181,9 @@ def line(x: np.ndarray, y: np.ndarray, x_label: str, y_label: str, label: str, s
     )
 
 
-def bars(rows: Sequence[tuple[str, float, str]], label: str) -> Markup:
-    """Horizontal bars: (name, value, text beside the bar)."""
-    step, left, room = 26, 92, 108
+def bars(rows: Sequence[tuple[str, float, str]], label: str, left: float = 92) -> Markup:
+    """Horizontal bars: (name, value, text beside the bar); ``left``: room for the names."""
+    step, room = 26, 108
     peak = max((value for _, value, _ in rows), default=0.0) or 1.0
     parts = []
     for i, (name, value, text) in enumerate(rows):

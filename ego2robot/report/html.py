@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ego2robot import config
+from ego2robot.jobs.status import stalls
 from ego2robot.report import Funnel, Progress, batches, charts, committed, funnel, thumbnails
 from ego2robot.store.rundir import RunDir
 from ego2robot.types import FrameSpec
@@ -495,6 +496,7 @@ class Work:
     Attributes:
         wall_s: seconds from start to last word, summed over starts.
         at_s, clips_per_s, rss: float64 [N], along the working time.
+        stalls: "A waits for B" to the share of A's time in the latest start that measured it.
         peak_rss: the largest measured, bytes; the line of ``rss`` may pass below it.
         began, ended: Unix seconds, None when nothing was measured.
     """
@@ -504,6 +506,7 @@ class Work:
     clips: int
     video_s: float
     stages: dict[str, float]
+    stalls: dict[str, float]
     at_s: np.ndarray
     clips_per_s: np.ndarray
     rss: np.ndarray
@@ -544,6 +547,7 @@ class Work:
             clips=int(before_clips),
             video_s=sum(float(start[-1].get("video_s") or 0) for start in starts),
             stages=dict(stages),
+            stalls=next((found for start in reversed(starts) if (found := stalls(start[-1]))), {}),
             at_s=moments,
             clips_per_s=rate,
             rss=memory,
@@ -689,6 +693,10 @@ def work_charts(work: Work) -> list[tuple[str, str, Markup]]:
         ]
         note = "Seconds of all processes added up; they can exceed the wall time."
         found.append(("Where the time went", note, charts.bars(rows, "Seconds by stage")))
+    if work.stalls:
+        shares = [(name, share, f"{100 * share:.0f} %") for name, share in work.stalls.items()]
+        note = "Share of the waiting stage's time. Who never waits is what the others wait for."
+        found.append(("Who waited for whom", note, charts.bars(shares[:8], "Stalls by stage", 176)))
     if len(work.at_s) >= 2:
         unit, scale = ("min", 60.0) if work.at_s[-1] >= 300 else ("s", 1.0)
         label = f"working time, {unit}"

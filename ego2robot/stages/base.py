@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,11 @@ class HandDetector(Protocol):
         (top, left, height, width) of the picture inside the frame, as in ``ClipFrames``: only there is
         looked, but coordinates are shares of the whole frame.
         """
+
+    def detect_batch(
+        self, clips: Sequence[tuple[torch.Tensor, np.ndarray, tuple[int, int, int, int] | None]]
+    ) -> list[list[list[Hand]]]:
+        """``detect`` with the arguments of each clip; batches may be filled across clips."""
 
     def close(self) -> None: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from ego2robot import config
 from ego2robot.errors import UserError
-from ego2robot.stages.inference import batch_shape, compute_dtype, in_batches
+from ego2robot.stages.inference import Graphed, batch_shape, compute_dtype, in_batches
 from ego2robot.stages.preprocess import CLIP_PICTURE, CLIPPreprocess, read_picture
 from ego2robot.stages.weights import Kind, load_model, resolve
 
 NAME: Kind = "clip"
+BATCH = {"cpu": 32, "cuda": 256}  # clips waiting for one call
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class CLIP:
     model: Any
     folder: Path | None
     name: str = NAME
+    graphed: Graphed = field(default_factory=Graphed, compare=False)
 
     @classmethod
     def load(cls, cfg: config.CLIP, device: str, seed: int, dtype: torch.dtype | None = None) -> CLIP:
@@ -76,7 +78,7 @@ class CLIP:
             weights=weights.name,
             fingerprint=weights.fingerprint,
             random=weights.random,
-            batch_size=cfg.batch_size,
+            batch_size=cfg.batch_size or BATCH[torch.device(device).type],
             logit_scale=float(model.logit_scale.detach().exp()),
             device=device,
             dtype=dtype,
@@ -91,7 +93,7 @@ class CLIP:
             FloatingPointError: a vector is not finite.
         """
         size = batch_shape(self.device, self.batch_size)
-        return in_batches(self._run, prepared_BTHWC, size, self.device, self.dim, self.name)
+        return in_batches(self._run, prepared_BTHWC, size, self.device, self.dim, self.name, self.graphed)
 
     def _run(self, prepared_BTHWC: torch.Tensor) -> torch.Tensor:
         pixels_NCHW = self.preprocess.picture.normalise(prepared_BTHWC.flatten(0, 1)).to(self.dtype)

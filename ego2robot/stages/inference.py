@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+
+from ego2robot.errors import UserError
+from ego2robot.stages.base import Embedder
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -29,6 +34,71 @@ def batch_shape(device: str, batch_size: int) -> int:
     return batch_size if torch.device(device).type == "cuda" else 1
 
 
+class Graphed:
+    """Runs a function of one tensor as a CUDA graph, which leaves out the launching of its many kernels.
+
+    A graph is used only after one replay gave what the plain call gives. On a CPU the plain call is all.
+
+    Attributes:
+        most: no more than so many clips at a time fit the memory; None: not known yet.
+    """
+
+    TOLERANCE = 2e-2  # of the largest value; half precision may add in another order
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self._refused = False
+        self.most: int | None = None
+
+    def __call__(self, run: Callable[[torch.Tensor], torch.Tensor], some: torch.Tensor) -> torch.Tensor:
+        """``run(some)``; ``run`` is always the same function, of a shape that seldom changes."""
+        if not some.is_cuda or self._refused:
+            return run(some)
+        shape = tuple(some.shape)
+        if shape not in self._graphs:
+            plain = run(some)
+            self._capture(run, some, plain)
+            return plain
+        graph, given, made = self._graphs[shape]
+        given.copy_(some)
+        graph.replay()
+        return made.clone()
+
+    def forget(self) -> None:
+        """Gives the graphs' memory back."""
+        self._graphs.clear()
+        torch.cuda.empty_cache()
+
+    def _capture(
+        self, run: Callable[[torch.Tensor], torch.Tensor], some: torch.Tensor, plain: torch.Tensor
+    ) -> None:
+        given = some.clone()
+        stream = torch.cuda.Stream(some.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries choose their kernels in the first calls
+                run(given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of this process go on using the device meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            made = run(given)
+        graph.replay()
+        apart = (made - plain).abs().max()
+        # An input that gives no finite vector proves nothing against the graph: the next one is tried.
+        if not torch.isfinite(plain).all():
+            return
+        if not bool(apart <= self.TOLERANCE * plain.abs().max()):
+            self._refused = True
+            warnings.warn(
+                f"a CUDA graph gave other vectors than the plain call (apart by {float(apart):.3g}); "
+                "going on without it",
+                stacklevel=2,
+            )
+            return
+        self._graphs[tuple(some.shape)] = graph, given, made
+
+
 def in_batches(
     run: Callable[[torch.Tensor], torch.Tensor],
     prepared_BTHWC: torch.Tensor,
@@ -36,8 +106,11 @@ def in_batches(
     device: str,
     dim: int,
     name: str,
+    graphed: Graphed,
 ) -> torch.Tensor:
     """``run`` over clips in batches of one shape, so that a vector does not depend on its neighbours.
+
+    Where the device's memory does not suffice, batches are halved, for good.
 
     Args:
         run: uint8 [b, T, h, w, 3] on ``device`` to float32 [b, dim].
@@ -49,17 +122,66 @@ def in_batches(
 
     Raises:
         FloatingPointError: a vector is not finite; names the model.
+        torch.OutOfMemoryError: not even one clip fits.
     """
     vectors = torch.empty((len(prepared_BTHWC), dim), dtype=torch.float32)
+    start = 0
     with torch.inference_mode():
-        for start in range(0, len(prepared_BTHWC), size):
-            some = prepared_BTHWC[start : start + size].to(device, non_blocking=True)
+        while start < len(prepared_BTHWC):
+            n_most = min(size, graphed.most or size)
+            some = prepared_BTHWC[start : start + n_most].to(device, non_blocking=True)
             n = len(some)
-            if n < size:
-                some = torch.cat([some, some.new_zeros((size - n, *some.shape[1:]))])
-            found = run(some)[:n].cpu()
+            if n < n_most:
+                some = torch.cat([some, some.new_zeros((n_most - n, *some.shape[1:]))])
+            try:
+                found = graphed(run, some)[:n].cpu()
+            except RuntimeError as error:
+                if not out_of_memory(error) or n_most == 1:
+                    raise
+                graphed.most = n_most // 2
+                graphed.forget()
+                continue
             bad = int((~torch.isfinite(found)).any(1).sum())
             if bad:
                 raise FloatingPointError(f"{name}: {bad} of {n} vectors are not finite")
             vectors[start : start + n] = found
+            start += n
     return vectors
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that the device's memory does not suffice; less at once may do."""
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def embed_finite(
+    embedder: Embedder, prepared: Sequence[torch.Tensor], proven: bool
+) -> list[np.ndarray | None]:
+    """Vectors of clips, each on its own merits: one that is not finite costs no other clip.
+
+    Args:
+        prepared: uint8 [T, h, w, 3] each, of one shape.
+        proven: the embedder has given finite vectors before.
+
+    Returns:
+        float32 [dim] each; None where it is not finite.
+
+    Raises:
+        UserError: the first vectors ever are none of them finite: the weights are at fault, not the clips.
+    """
+    try:
+        return list(embedder.embed(torch.stack(list(prepared))).numpy())
+    except FloatingPointError:
+        pass
+    found: list[np.ndarray | None] = []
+    for one in prepared:
+        try:
+            found.append(embedder.embed(one[None])[0].numpy())
+        except FloatingPointError:
+            found.append(None)
+    if not proven and all(vector is None for vector in found):
+        raise UserError(
+            f"{embedder.name}: {embedder.weights} gives vectors that are not finite for every clip; "
+            "check the weights, or use others"
+        )
+    return found

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from ego2robot import config
 from ego2robot.errors import UserError
-from ego2robot.stages.inference import batch_shape, compute_dtype, in_batches
+from ego2robot.stages.inference import Graphed, batch_shape, compute_dtype, in_batches
 from ego2robot.stages.preprocess import VIDEOMAE_PICTURE, VideoMAEPreprocess, read_picture
 from ego2robot.stages.weights import Kind, load_model, resolve
 
 NAME: Kind = "videomae"
+BATCH = {"cpu": 8, "cuda": 64}  # clips waiting for one call
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class VideoMAE:
     dtype: torch.dtype
     model: Any
     name: str = NAME
+    graphed: Graphed = field(default_factory=Graphed, compare=False)
 
     @classmethod
     def load(cls, cfg: config.VideoMAE, device: str, seed: int, dtype: torch.dtype | None = None) -> VideoMAE:
@@ -70,7 +72,7 @@ class VideoMAE:
             weights=weights.name,
             fingerprint=weights.fingerprint,
             random=weights.random,
-            batch_size=cfg.batch_size,
+            batch_size=cfg.batch_size or BATCH[torch.device(device).type],
             pooling=cfg.pooling,
             device=device,
             dtype=dtype,
@@ -84,7 +86,7 @@ class VideoMAE:
             FloatingPointError: a vector is not finite.
         """
         size = batch_shape(self.device, self.batch_size)
-        return in_batches(self._run, prepared_BTHWC, size, self.device, self.dim, self.name)
+        return in_batches(self._run, prepared_BTHWC, size, self.device, self.dim, self.name, self.graphed)
 
     def _run(self, prepared_BTHWC: torch.Tensor) -> torch.Tensor:
         pixels_BTCHW = self.preprocess.picture.normalise(prepared_BTHWC).to(self.dtype)
