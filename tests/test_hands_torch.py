@@ -17,10 +17,11 @@ from PIL import Image
 from ego2robot import models
 from ego2robot.errors import UserError
 from ego2robot.hands_net import landmark, onednn, palm, sampling
+from ego2robot.hands_net.captured import Captured
 from ego2robot.hands_net.pipeline import FoundHands, HandNet
 from ego2robot.sample import make_footage
 from ego2robot.stages.hands import visibility
-from ego2robot.stages.hands_torch import TorchHands
+from ego2robot.stages.hands_torch import TorchHands, default_dtype
 from ego2robot.types import Hand
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def networks() -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def detector(networks: dict[str, Path]) -> TorchHands:
-    return TorchHands()
+    return TorchHands(dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,7 @@ def test_gestures_of_known_side(
     (hand,) = detector.detect(picture, np.array([0]))[0]
     (theirs,) = mediapipe.detect(picture, np.array([0]))[0]
     assert hand.side == theirs.side == side
+    assert 0.5 < hand.presence < 1
     assert hand.score == pytest.approx(theirs.score, abs=0.02)
     np.testing.assert_allclose(hand.world, theirs.world, atol=0.008)
     np.testing.assert_allclose(hand.landmarks[:, :2], theirs.landmarks[:, :2], atol=0.006)
@@ -207,15 +209,69 @@ def test_thresholds_are_mediapipes(
 # -- one frame, many frames -------------------------------------------------------------------------
 
 
+def assert_same(found: list[list[Hand]], wanted: list[list[Hand]]) -> None:
+    """To the last bit."""
+    assert [[(h.frame, h.side) for h in f] for f in found] == [[(h.frame, h.side) for h in f] for f in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert (x.score, x.presence) == (y.score, y.presence)
+            for name in ("box", "landmarks", "world"):
+                np.testing.assert_array_equal(getattr(x, name), getattr(y, name))
+
+
 @needs_samples
-def test_a_frame_does_not_depend_on_the_others(detector: TorchHands, mixer: torch.Tensor) -> None:
-    alone = detector.detect(mixer, np.array([7]))[0]
-    among = detector.detect(mixer, np.array([3, 9, 7, 1, 0, 2, 11, 7, 5]))
-    assert [h.frame for f in among for h in f if f] and {h.frame for h in among[2]} == {7}
-    for other in (among[2], among[7]):
-        assert [h.side for h in other] == [h.side for h in alone]
-        for a, b in zip(alone, other, strict=True):
-            np.testing.assert_allclose(a.landmarks, b.landmarks, atol=2e-3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frame_does_not_depend_on_the_others(
+    networks: dict[str, Path], mixer: torch.Tensor, generated: torch.Tensor, dtype: torch.dtype
+) -> None:
+    if not onednn.available(dtype):
+        pytest.skip("without oneDNN a batch's size shows in the last bits")
+    looked = np.array([3, 9, 7, 1, 0, 2, 11, 7, 5])
+    wanted = [
+        hands for i in looked for hands in TorchHands(dtype=dtype, frames_per_pass=1).detect(mixer, [i])
+    ]
+    assert sum(map(len, wanted)) > 12
+    detector = TorchHands(dtype=dtype)
+    assert_same(detector.detect(mixer, looked), wanted)
+    assert_same(TorchHands(dtype=dtype, frames_per_pass=5).detect(mixer, looked), wanted)
+    none = np.array([], np.int64)
+    others = detector.detect(generated, np.arange(3))
+    bars = (0, 6, 360, 512)  # another size of picture in frames of the same size
+    within = detector.detect(mixer, looked[:2], bars)
+    found = detector.detect_batch(
+        [
+            (mixer, looked[:3], None),
+            (generated, np.arange(3), None),
+            (mixer, none, None),
+            (mixer, looked[:2], bars),
+            (mixer, looked[3:], None),
+            (mixer.to(torch.float32), looked[:1], None),
+        ]
+    )
+    assert list(map(len, found)) == [3, 3, 0, 2, 6, 1]
+    assert_same(found[0] + found[4], wanted)
+    assert_same(found[1], others)
+    assert_same(found[3], within)
+    assert_same(found[5], wanted[:1])
+
+
+def test_frames_of_many_clips_share_the_passes(
+    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    forward = HandNet.forward
+
+    def counted(self: HandNet, frames_BHWC: torch.Tensor) -> FoundHands:
+        passes.append(len(frames_BHWC))
+        return forward(self, frames_BHWC)
+
+    monkeypatch.setattr(HandNet, "forward", counted)
+    frames = torch.zeros((9, 36, 64, 3), dtype=torch.uint8)
+    detector = TorchHands(networks="lite")
+    clips = [(frames, np.arange(n), None) for n in (5, 1, 9, 0, 4)]
+    assert [len(found) for found in detector.detect_batch(clips)] == [5, 1, 9, 0, 4]
+    assert passes == [8, 8, 3]
+    assert detector.detect_batch([]) == []
 
 
 @needs_samples
@@ -318,6 +374,84 @@ def test_float16_changes_next_to_nothing(networks: dict[str, Path], mixer: torch
     assert 0 < apart.mean() <= 0.5
 
 
+@pytest.mark.parametrize(
+    ("instructions", "dtype"),
+    [
+        ((), torch.float32),
+        (("_is_avx512_bf16_supported",), torch.bfloat16),
+        (("_is_amx_tile_supported",), torch.bfloat16),
+    ],
+)
+def test_precision_is_the_devices_own(
+    instructions: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in instructions, raising=False)
+    assert default_dtype("cpu") == default_dtype(torch.device("cpu")) == dtype
+    assert default_dtype("cuda") == default_dtype("cuda:1") == torch.float16
+
+
+# -- without oneDNN ---------------------------------------------------------------------------------
+
+
+@needs_samples
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_torch_without_onednn_finds_the_same(
+    networks: dict[str, Path], mixer: torch.Tensor, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    wanted = net(networks, "lite")(mixer[:3])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not onednn.available(dtype)
+    plain = net(networks, "lite", dtype=dtype)
+    assert not any("mkldnn" in str(node.target) for node in plain.landmark.graph.nodes)
+    found = plain(mixer[:3])
+    torch.testing.assert_close(found.present_BK, wanted.present_BK)
+    apart = (found.landmarks_BKL3 - wanted.landmarks_BKL3)[wanted.present_BK][..., :2].norm(dim=-1)
+    assert apart.mean() < (0.05 if dtype == torch.float32 else 1.0)
+
+
+def test_onednn_is_used_for_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not onednn.available(torch.float64)
+
+    class Operators:
+        """Of a torch whose oneDNN has no fast bfloat16 and does not say whether it has float16."""
+
+        _convolution_pointwise = _convolution_pointwise_ = _reorder_convolution_weight = None
+
+        @staticmethod
+        def _is_mkldnn_bf16_supported() -> bool:
+            return False
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", Operators)
+    assert onednn.available(torch.float32)
+    assert not onednn.available(torch.bfloat16)
+    assert not onednn.available(torch.float16)
+    monkeypatch.delattr(Operators, "_convolution_pointwise")
+    assert not onednn.available(torch.float32)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------
+
+
+def test_a_network_that_asks_the_host_is_not_captured(networks: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="asks the host"):
+        Captured(net(networks, "lite"), 4)
+
+
+@needs_samples
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_finds_what_a_cpu_finds(detector: TorchHands, mixer: torch.Tensor) -> None:
+    frames = mixer.cuda()
+    on_gpu = TorchHands(device="cuda", frames_per_pass=8)
+    found = compare(on_gpu, detector, [frames, frames.flip(1, 2)])
+    assert np.mean(found.presence) >= 0.995
+    assert len(found.errors_px) > 60
+    assert np.mean(found.errors_px) <= 0.5
+    # Filled up with other frames, in another place of the batch: the same to the last bit.
+    assert_same(on_gpu.detect(frames, [7])[0:1], on_gpu.detect(frames, [3, 9, 7])[2:3])
+
+
 # -- pictures without hands -------------------------------------------------------------------------
 
 
@@ -373,6 +507,8 @@ def test_a_closed_detector_says_so(networks: dict[str, Path]) -> None:
         pass
     found.close()
     with pytest.raises(ValueError, match="closed"):
+        found.detect_batch([])
+    with pytest.raises(ValueError, match="closed"):
         found.detect(torch.zeros((1, 8, 8, 3), dtype=torch.uint8), np.array([0]))
 
 
@@ -418,9 +554,9 @@ def test_pictures_are_sampled_as_opencv_does() -> None:
         pairs += [
             (frames[i], r, cv2.BORDER_REPLICATE, landmark.SIZE) for i, r in zip(owners, rects, strict=True)
         ]
-        found = list(sampling.letterbox(planes, palm.SIZE))
+        found = list(sampling.letterbox(torch.from_numpy(frames), palm.SIZE))
         found += list(
-            sampling.crops(planes, torch.from_numpy(owners), torch.from_numpy(rects), landmark.SIZE)
+            sampling.crops(planes, height, torch.from_numpy(owners), torch.from_numpy(rects), landmark.SIZE)
         )
         for (frame, rect, border, size), ours in zip(pairs, found, strict=True):
             x, y, length, rotation = rect
@@ -517,7 +653,7 @@ def test_landmarks_go_back_to_where_they_were_cropped() -> None:
     for x, y in places.tolist():
         frame[0, y - 1 : y + 2, x - 1 : x + 2] = 255
     rect = torch.tensor([[140.0, 95.0, 110.0, 0.7]])
-    (crop,) = sampling.crops(sampling.planes(frame), torch.tensor([0]), rect, landmark.SIZE)
+    (crop,) = sampling.crops(sampling.planes(frame), 200, torch.tensor([0]), rect, landmark.SIZE)
     rows_and_columns = (crop[0] > 0.5).nonzero()
     picked = rows_and_columns[torch.linspace(0, len(rows_and_columns) - 1, 21).long()].flip(1)
     raw = torch.cat([picked, torch.zeros(21, 1)], 1).reshape(1, 63)

@@ -15,17 +15,20 @@ from torch import fx
 from torch.nn import functional as F
 
 # What oneDNN can do to a result on its way out: (attribute, scalars).
+_PIXEL = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation, groups
 _ACTIVATIONS: dict[Any, tuple[str, list[float]]] = {F.relu: ("relu", []), F.relu6: ("hardtanh", [0.0, 6.0])}
 
 
 def available(dtype: torch.dtype) -> bool:
     """Whether this torch has the operators, and this CPU computes in ``dtype`` with them."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    used = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, op) for op in used):
         return False
     if dtype == torch.float32:
         return True
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return bool(getattr(torch.ops.mkldnn, supported[dtype])()) if dtype in supported else False
+    ask = getattr(torch.ops.mkldnn, supported[dtype], None) if dtype in supported else None
+    return ask is not None and bool(ask())
 
 
 def fuse(module: fx.GraphModule) -> fx.GraphModule:
@@ -41,6 +44,10 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.conv2d:
             _convolve_before_enlarging(fused, node)
+        elif node.op == "call_function" and node.target is F.linear:
+            _convolve_pixels(fused, node)
+        elif node.target is F.max_pool2d and node.args[1:] == ((2, 2), (2, 2), (0, 0)):
+            node.target, node.args = halve, node.args[:1]
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.conv2d:
@@ -50,6 +57,41 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
     fused.recompile()
     fused.meta.update(module.meta)
     return fused
+
+
+def halve(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """The larger of neighbours, 2 x 2 to one: ``max_pool2d``, which takes twice as long."""
+    n, channels, height, width = x_BCHW.shape
+    if height % 2 or width % 2:
+        return F.max_pool2d(x_BCHW, 2)
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    lines = x_BHWC.reshape(n, height // 2, 2, width * channels)
+    pairs = torch.maximum(lines[:, :, 0], lines[:, :, 1]).view(n, height // 2, width // 2, 2, channels)
+    return torch.maximum(pairs[:, :, :, 0], pairs[:, :, :, 1]).permute(0, 3, 1, 2)
+
+
+def by_pixels(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear layer as a convolution of one pixel, with weights of :func:`fuse`.
+
+    A matrix product adds up in another order for another batch, oneDNN's convolutions do not: so a picture's
+    numbers do not depend on how many are with it.
+    """
+    pixels = x.reshape(-1, x.shape[-1], 1, 1)
+    made = torch.ops.mkldnn._convolution_pointwise(pixels, packed, bias, *_PIXEL, "none", [], "")
+    return made.reshape(*x.shape[:-1], made.shape[1])
+
+
+def _convolve_pixels(fused: fx.GraphModule, node: fx.Node) -> None:
+    arguments: tuple[Any, ...] = node.args
+    x, weight, bias = arguments
+    name = f"{weight.target}_packed"
+    weight_OI11 = getattr(fused, weight.target)[:, :, None, None]
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight_OI11, *_PIXEL)
+    fused.register_buffer(name, packed, persistent=False)
+    with fused.graph.inserting_before(node):
+        made = fused.graph.call_function(by_pixels, (x, fused.graph.get_attr(name), bias))
+    made.meta.update(node.meta)
+    node.replace_all_uses_with(made)
 
 
 def _convolve_before_enlarging(fused: fx.GraphModule, node: fx.Node) -> None:
@@ -131,7 +173,7 @@ def _residual(node: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, fx.Nod
         not isinstance(other, fx.Node)
         or other.op in ("placeholder", "get_attr")
         or other.target not in _FRESH
-        or order[other] > order[node]
+        or (order[other] > order[node] and len(node.all_input_nodes[0].users) > 1)
         or other.meta.get("shape") != node.meta.get("shape")
         or any(order[user] > order[add] for user in other.users)
     ):
@@ -146,6 +188,8 @@ _FRESH = {
     F.relu6,
     F.conv2d,
     F.interpolate,
+    F.pad,
+    halve,
     torch.add,
     torch.ops.mkldnn._convolution_pointwise.default,
 }

@@ -111,13 +111,12 @@ def _rects(points_BKP2: torch.Tensor, frame_size: tuple[int, int]) -> torch.Tens
     """Palms to rectangles of whole hands (``detections_to_rects``, ``rect_transformation_calculator``)."""
     height, width = frame_size
     side = max(height, width)
-    centre = (points_BKP2[:, :, 0] - 0.5) * side + torch.tensor(
-        (width / 2, height / 2), device=points_BKP2.device
-    )
+    centre = (points_BKP2[:, :, 0] - 0.5) * side
     size = points_BKP2[:, :, 1] * side
     towards = points_BKP2[:, :, 2 + 2] - points_BKP2[:, :, 2]
     rotation = TARGET_ANGLE - torch.atan2(-towards[..., 1], towards[..., 0])
     rotation = rotation - 2 * math.pi * torch.floor((rotation + math.pi) / (2 * math.pi))
     shift = SHIFT * size[..., 1]
-    x, y = centre[..., 0] + shift * rotation.sin(), centre[..., 1] - shift * rotation.cos()
+    x = centre[..., 0] + width / 2 + shift * rotation.sin()
+    y = centre[..., 1] + height / 2 - shift * rotation.cos()
     return torch.stack((x, y, SCALE * size.amax(-1), rotation), -1)

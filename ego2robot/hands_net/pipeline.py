@@ -6,17 +6,18 @@ Everything stays on the device of the frames and no step looks at single frames 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ego2robot.errors import UserError
-from ego2robot.hands_net import landmark, onednn, palm, sampling, tflite
+from ego2robot.hands_net import landmark, onednn, palm, sampling, staged, tflite
 from ego2robot.types import N_LANDMARKS
 
-_COLUMNS = 2 + 6 * N_LANDMARKS
+_POINTS = 3 * N_LANDMARKS
+_COLUMNS = 2 + 2 * _POINTS
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,21 @@ class FoundHands:
     landmarks_BKL3: torch.Tensor
     world_BKL3: torch.Tensor
 
+    def packed(self) -> torch.Tensor:
+        """All of it in one tensor, so that one copy brings it to the host: float32 [B, K, 130]."""
+        single = (self.present_BK.to(torch.float32), self.palm_BK, self.presence_BK, self.left_BK)
+        points = (self.landmarks_BKL3.flatten(2), self.world_BKL3.flatten(2))
+        return torch.cat((*(values[..., None] for values in single), *points), -1)
+
+    @staticmethod
+    def unpacked(table_BKC: torch.Tensor) -> FoundHands:
+        """What :meth:`packed` gives, apart again; views of it."""
+        present, palm, presence, left, *points = table_BKC.split([1, 1, 1, 1, _POINTS, _POINTS], -1)
+        landmarks, world = (p.unflatten(-1, (N_LANDMARKS, 3)) for p in points)
+        return FoundHands(present[..., 0] > 0, palm[..., 0], presence[..., 0], left[..., 0], landmarks, world)
+
     def cpu(self) -> FoundHands:
-        return FoundHands(*(getattr(self, field.name).cpu() for field in fields(self)))
+        return FoundHands.unpacked(self.packed().cpu())
 
 
 class HandNet(nn.Module):
@@ -51,9 +65,9 @@ class HandNet(nn.Module):
         landmark_path: ``hand_landmark_full.tflite`` or ``…_lite``.
         device: where it runs.
         dtype: what the networks compute in: float32, float16 or bfloat16. Coordinates are float32 always.
-            Where it is bfloat16 the palm detector and the first three layers of the other network stay in
-            float32: on the mixer clip those alone move landmarks by 0.5 pixels (of 640 x 360) on average,
-            all the rest by 0.2. float16 moves them by 0.1 throughout.
+            Where it is bfloat16 the palm detector stays in float32: it alone would move landmarks by 0.4
+            pixels on average (of 640 x 360, on the mixer clip), its last third by 0.25, the other network
+            moves them by 0.14. float16 moves them by 0.1 throughout.
         max_hands: K, slots for hands in a frame.
         min_detection: score from which the detector's boxes count, 0 to 1.
         min_presence: score above which a crop shows a hand, 0 to 1.
@@ -83,10 +97,10 @@ class HandNet(nn.Module):
         self.every_slot = every_slot
         # Activations of more crops than that do not fit a core's share of the caches.
         self.hands_per_pass = 8 if torch.device(device).type == "cpu" else None
-        coarse = dtype == torch.bfloat16
         place = torch.device(device)
+        coarse = dtype == torch.bfloat16
         self.palm = _network(palm_path, palm.SIZE, place, torch.float32 if coarse else dtype)
-        self.landmark = _network(landmark_path, landmark.SIZE, place, dtype, 3 if coarse else 0)
+        self.landmark = _network(landmark_path, landmark.SIZE, place, dtype)
         self.register_buffer("anchors_A2", palm.anchors(device))
         if place.type == "cpu":
             # glibc gives blocks of some MB back to the system when they are freed and asks for them page by
@@ -102,20 +116,20 @@ class HandNet(nn.Module):
                 Frames that hold NaN or infinity have no hands.
         """
         n_frames, height, width = frames_BHWC.shape[:3]
-        planes = sampling.planes(frames_BHWC)
-        raw, logits = self.palm(sampling.letterbox(planes, palm.SIZE))
+        frames_BHWC = sampling.sound(frames_BHWC)
+        raw, logits = self.palm(sampling.letterbox(frames_BHWC, palm.SIZE))
         palms = palm.find(raw, logits, self.anchors_A2, (height, width), self.max_hands, self.min_detection)
         rect_N4 = palms.rect_BK4.flatten(0, 1)
-        frame_N = torch.arange(n_frames, device=planes.device).repeat_interleave(self.max_hands)
+        frame_N = torch.arange(n_frames * self.max_hands, device=rect_N4.device) // self.max_hands
         found_BK = palms.score_BK > 0
         if self.every_slot:
-            table = self._look(planes, frame_N, rect_N4)
+            table = self._look(frames_BHWC, frame_N, rect_N4)
         else:
             slots = found_BK.flatten().nonzero()[:, 0]
             table = rect_N4.new_zeros(len(rect_N4), _COLUMNS)
-            table = table.index_copy(0, slots, self._look(planes, frame_N[slots], rect_N4[slots]))
+            table = table.index_copy(0, slots, self._look(frames_BHWC, frame_N[slots], rect_N4[slots]))
         presence_BK, left_BK, *points_BK = table.unflatten(0, (n_frames, self.max_hands)).split(
-            [1, 1, 3 * N_LANDMARKS, 3 * N_LANDMARKS], -1
+            [1, 1, _POINTS, _POINTS], -1
         )
         landmarks_BKL3, world_BKL3 = (p.unflatten(-1, (N_LANDMARKS, 3)) for p in points_BK)
         present_BK = landmark.first_of_each(
@@ -125,26 +139,31 @@ class HandNet(nn.Module):
             present_BK, palms.score_BK, presence_BK[..., 0], left_BK[..., 0], landmarks_BKL3, world_BKL3
         )
 
-    def _look(self, planes_CBHW: torch.Tensor, frame_N: torch.Tensor, rect_N4: torch.Tensor) -> torch.Tensor:
+    def _look(self, frames_BHWC: torch.Tensor, frame_N: torch.Tensor, rect_N4: torch.Tensor) -> torch.Tensor:
         """Presence, left, landmarks and world landmarks of each rectangle: float32 [N, 128]."""
-        tables = [rect_N4.new_zeros(0, _COLUMNS)]
-        n = self.hands_per_pass or max(1, len(rect_N4))
+        if not len(rect_N4):
+            return rect_N4.new_zeros(0, _COLUMNS)
+        planes_CLW = sampling.planes(frames_BHWC)
+        tables = []
+        n = self.hands_per_pass or len(rect_N4)
         for frame, rect in zip(frame_N.split(n), rect_N4.split(n), strict=True):
-            if len(rect):
-                picture = sampling.crops(planes_CBHW, frame, rect, landmark.SIZE)
-                points, presence, right, metres = self.landmark(picture)
-                points, metres = landmark.project(points, rect), landmark.world(metres, rect)
-                tables.append(torch.cat((presence, 1 - right, points.flatten(1), metres.flatten(1)), 1))
+            picture = sampling.crops(planes_CLW, frames_BHWC.shape[1], frame, rect, landmark.SIZE)
+            points, presence, right, metres = self.landmark(picture)
+            points, metres = landmark.project(points, rect), landmark.world(metres, rect)
+            tables.append(torch.cat((presence, 1 - right, points.flatten(1), metres.flatten(1)), 1))
         return torch.cat(tables)
 
 
-def _network(
-    path: str | Path, size: int, device: torch.device, dtype: torch.dtype, keep_first: int = 0
-) -> fx.GraphModule:
+def _network(path: str | Path, size: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     module = tflite.load(path)
     if module.meta["input_size"] != (size, size):
         raise UserError(f"{path}: takes pictures of {module.meta['input_size']}, not {size} x {size}")
     if dtype != torch.float32:
-        module = tflite.half(module, dtype, keep_first)
+        module = tflite.half(module, dtype)
     module = module.to(device)
-    return onednn.fuse(module) if device.type == "cpu" and onednn.available(dtype) else module
+    if device.type != "cpu" or not onednn.available(dtype):
+        for name, constant in module.named_buffers():
+            if constant.ndim == 4:
+                setattr(module, name, constant.contiguous(memory_format=torch.channels_last))
+        return module
+    return staged.Staged(onednn.fuse(module), torch.zeros(1, 3, size, size))

@@ -24,6 +24,7 @@ class Candidate:
     p_left: float  # probability that it is the person's left hand, 0..1
     landmarks: np.ndarray
     world: np.ndarray
+    presence: float = 1.0  # score of the landmark network that there is a hand, 0..1
 
 
 def one_per_side(candidates: Sequence[Candidate], frame: int) -> list[Hand]:
@@ -82,7 +83,9 @@ def within(candidate: Candidate, content: tuple[int, int, int, int], frame: tupl
 
 def _hand(candidate: Candidate, side: Side, frame: int) -> Hand:
     score = candidate.p_left if side == "left" else 1 - candidate.p_left
-    return Hand(frame, side, float(score), _box(candidate), candidate.landmarks, candidate.world)
+    return Hand(
+        frame, side, float(score), _box(candidate), candidate.landmarks, candidate.world, candidate.presence
+    )
 
 
 def _box(candidate: Candidate) -> np.ndarray:
