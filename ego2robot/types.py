@@ -120,12 +120,15 @@ class ClipFrames:
         frames_THWC: uint8 RGB [T, H, W, 3].
         times_s: float64 [T], real presentation times relative to the video's first frame.
         content: (top, left, height, width) of the picture inside the frame.
+        greys_Thw: uint8 [T, 90, 160], the grey pictures of ``ego2robot_kernels.camera.small_greys``, where
+            the decoder made them on its way.
     """
 
     clip: Clip
     frames_THWC: torch.Tensor
     times_s: np.ndarray
     content: tuple[int, int, int, int]
+    greys_Thw: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

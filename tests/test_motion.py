@@ -11,9 +11,10 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from ego2robot_kernels import camera
 from ego2robot_kernels.motion import grey_small, motion
 
-from ego2robot.stages.motion import motion_scores
+from ego2robot.stages.motion import motion_scores, used_greys
 from ego2robot.types import Clip, ClipFrames
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV comes with mediapipe", exc_type=ImportError)
@@ -196,3 +197,18 @@ def test_gpu_equals_the_cpu_reference() -> None:
     frames = torch.from_numpy(np.stack([noise(36, 360, 640, seed=i) for i in range(3)]))
     lengths = [36, 1, 17]
     torch.testing.assert_close(motion(frames.cuda(), lengths).cpu(), motion(frames, lengths), rtol=0, atol=0)
+
+
+def test_greys_that_a_decoder_made_give_the_same_score():
+    generator = torch.Generator().manual_seed(4)
+    frames = [
+        torch.randint(0, 256, (n, 180, 320, 3), dtype=torch.uint8, generator=generator) for n in (7, 12)
+    ]
+    clips = [
+        ClipFrames(Clip(str(len(f)), "v", 0, len(f), 6.0), f, np.arange(len(f)) / 6, (0, 40, 180, 240), greys)
+        for f in frames
+        for greys in (None, camera.small_greys(f))
+    ]
+    plain = motion_scores(clips)
+    assert (motion_scores(clips, used_greys(clips)) == plain).all()
+    assert plain[0] == plain[1] > 0 and plain[2] == plain[3]

@@ -31,6 +31,7 @@ class _Open:
 
     clip: Clip
     frames_THWC: torch.Tensor | None = None
+    greys_Thw: torch.Tensor | None = None
     times_s: list[float] = field(default_factory=list)
     damaged_at: float | None = None
 
@@ -77,13 +78,15 @@ def read_clips(
     filling: deque[_Open] = deque()
     for batch in backend.read(name, blob, info, grid / sample_fps, spec, where, fast):
         frames_THWC = batch.frames_THWC.to(device)
+        greys_Thw = None if batch.greys_Thw is None else batch.greys_Thw.to(device)
         for k, time_s in enumerate(batch.times_s.tolist()):
             due = int(grid[batch.first + k])
             while waiting and waiting[0].first <= due:
                 filling.append(_Open(waiting.popleft()))
             for clip in filling:
                 if due in clip.clip.grid:
-                    _fill(clip, frames_THWC[k], time_s, bool(batch.corrupt[k]))
+                    grey_hw = None if greys_Thw is None else greys_Thw[k]
+                    _fill(clip, frames_THWC[k], grey_hw, time_s, bool(batch.corrupt[k]))
             while filling and due + 1 >= filling[0].clip.grid.stop:
                 yield _close(filling.popleft(), content)
     for left in (*filling, *(_Open(clip) for clip in waiting)):
@@ -94,19 +97,26 @@ def read_clips(
             yield ClipFailure(left.clip, f"the stream ends before {lacking:.1f} s")
 
 
-def _fill(clip: _Open, frame_HWC: torch.Tensor, time_s: float, corrupt: bool) -> None:
+def _fill(
+    clip: _Open, frame_HWC: torch.Tensor, grey_hw: torch.Tensor | None, time_s: float, corrupt: bool
+) -> None:
     if clip.damaged_at is not None:
         return
     if corrupt:
-        clip.damaged_at, clip.frames_THWC = time_s, None
+        clip.damaged_at, clip.frames_THWC, clip.greys_Thw = time_s, None, None
         return
     if clip.frames_THWC is None:
         clip.frames_THWC = frame_HWC.new_empty((clip.clip.n_frames, *frame_HWC.shape))
+        if grey_hw is not None:
+            clip.greys_Thw = grey_hw.new_empty((clip.clip.n_frames, *grey_hw.shape))
     clip.frames_THWC[len(clip.times_s)] = frame_HWC
+    if clip.greys_Thw is not None:
+        assert grey_hw is not None  # a backend makes them for all frames of a video, or for none
+        clip.greys_Thw[len(clip.times_s)] = grey_hw
     clip.times_s.append(time_s)
 
 
 def _close(clip: _Open, content: tuple[int, int, int, int]) -> ClipFrames | ClipFailure:
     if clip.damaged_at is not None or clip.frames_THWC is None:
         return ClipFailure(clip.clip, f"corrupt frames at {clip.damaged_at:.1f} s")
-    return ClipFrames(clip.clip, clip.frames_THWC, np.array(clip.times_s), content)
+    return ClipFrames(clip.clip, clip.frames_THWC, np.array(clip.times_s), content, clip.greys_Thw)

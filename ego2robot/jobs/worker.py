@@ -25,7 +25,7 @@ from ego2robot.stages.camera import camera_scores
 from ego2robot.stages.gate import Gate
 from ego2robot.stages.hands import visibility
 from ego2robot.stages.hands_torch import TorchHands
-from ego2robot.stages.motion import motion_scores
+from ego2robot.stages.motion import motion_scores, used_greys
 from ego2robot.types import Clip, ClipFrames, Decision, FrameSpec, Hand, Unit
 
 # Seconds under a name with WAITS in it were not worked but waited: who, and for whom.
@@ -168,7 +168,8 @@ def score_clips(
     """
     cfg, gate = work.cfg, work.gate
     scored = [ScoredClip(clip.clip, "dropped", times_s=clip.times_s) for clip in clips]
-    for one, motion in zip(scored, motion_scores(clips).tolist(), strict=True):
+    greys = used_greys(clips)
+    for one, motion in zip(scored, motion_scores(clips, greys).tolist(), strict=True):
         one.scores["motion"] = motion
         one.reason = gate.refuses_motion(motion) if gate else None
     watch.lap("motion")
@@ -183,7 +184,7 @@ def score_clips(
             one.reason = gate.refuses_hands(one.scores["hand_visibility"]) if gate else None
         watch.lap("hands")
     # Hands that are known are left out: the rest of the picture tells more of the camera.
-    camera = camera_scores(clips, [one.hands for one in scored])
+    camera = camera_scores(clips, [one.hands for one in scored], greys)
     for i, one in enumerate(scored):
         one.scores |= {name: float(values[i]) for name, values in camera.items()}
         if gate and not one.reason:
