@@ -246,7 +246,6 @@ class Lane:
         watch.lap(name)
         if any(vector is not None for vector in vectors):
             finite.add(name)
-        seconds = watch.take()
         for (waiting, _), vector in zip(clips, vectors, strict=True):
             if vector is None:
                 waiting.scored.decision = "failed"
@@ -256,9 +255,8 @@ class Lane:
                 waiting.scored.vectors[name] = vector
             waiting.left -= 1
             if not waiting.left:
-                for stage, spent in seconds.items():
+                for stage, spent in watch.take().items():
                     waiting.scored.seconds[stage] = waiting.scored.seconds.get(stage, 0.0) + spent
-                seconds = {}
                 waiting.answers.put(waiting.scored)
 
 

@@ -14,7 +14,7 @@ from ego2robot.types import ClipFrames
 
 
 def used_greys(clips: Sequence[ClipFrames]) -> list[torch.Tensor]:
-    """uint8 [U_i, 90, 160] of each clip: grey pictures of every second frame, the decoder's if it made them."""
+    """uint8 [U_i, 90, 160] of each clip: of every second frame, those that the decoder made if it did."""
     return [
         small_greys(clip.frames_THWC[::STEP]) if clip.greys_Thw is None else clip.greys_Thw[::STEP]
         for clip in clips
