@@ -1,4 +1,4 @@
-"""Does our hand detector find what MediaPipe finds, and is it faster, on this CPU?
+"""Does our hand detector find what MediaPipe finds, and is it faster, on this CPU? What does a GPU do?
 
 Agreement: MediaPipe's HandLandmarker in image mode and ours look at the same pictures: every frame of the
 mixer clip, the gesture photographs, the Aria recording (where projectaria-tools is installed), generated
@@ -10,34 +10,33 @@ precision against float32.
 Speed: both take turns on the frames of the mixer clip, each one's best turn counts, and the answer is a ratio
 to MediaPipe, higher is faster, by the clock and by CPU time. Pin the process to one core (``taskset -c 0``)
 to compare equal cores: MediaPipe takes more threads where it finds them.
+
+GPU: frames of 360 x 640 that are on the device already, with hands (the mixer clip, else generated footage)
+and without (its background, as noise), through both networks and all between them; for each size of batch
+called step by step, as one CUDA graph, and as one of compiled networks. What is found is held against float32
+on the CPU. MediaPipe is needed for the comparison with it alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch
+from common import RESULTS, Skip, write_result
 from PIL import Image
 
 from ego2robot import models
-from ego2robot.hands_net.pipeline import HandNet
+from ego2robot.hands_net.captured import Captured
+from ego2robot.hands_net.pipeline import FoundHands, HandNet
 from ego2robot.sample import make_footage
 from ego2robot.stages import hands_torch
-from ego2robot.stages.hands import MediaPipeHands
 from ego2robot.stages.sides import Candidate, one_per_side
 
 SAMPLES = Path(__file__).parents[1].parent / "shared" / "samples"
@@ -101,7 +100,13 @@ def copies(frames: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "darkened", (frames * 0.35).astype(np.uint8)
 
 
-def mediapipe_detector(detector: MediaPipeHands) -> Detector:
+def mediapipe_detector() -> Detector | None:
+    """MediaPipe's own; None where it is not installed or does not load."""
+    try:
+        from tests.mediapipe_reference import MediaPipeHands
+    except ImportError:
+        return None
+    detector = MediaPipeHands()
     return lambda frames: [detector._candidates(frame) for frame in frames]
 
 
@@ -110,17 +115,14 @@ def torch_detector(net: HandNet, batch: int = 8) -> Detector:
         found: list[list[Candidate]] = []
         for first in range(0, len(frames), batch):
             hands = net(torch.from_numpy(frames[first : first + batch])).cpu()
-            found += hands_torch._candidates(hands, frames.shape[1:3])
+            found += hands_torch._candidates(hands, [frames.shape[1:3]] * len(hands.present_BK))
         return found
 
     return run
 
 
-def network(dtype: torch.dtype) -> HandNet:
-    palm, landmark = (
-        models.network_path(name) for name in ("palm_detection_full.tflite", "hand_landmark_full.tflite")
-    )
-    return HandNet(palm, landmark, dtype=dtype)
+def network(dtype: torch.dtype, **options: Any) -> HandNet:
+    return HandNet(*models.hand_networks("full"), dtype=dtype, **options)
 
 
 def compare(
@@ -225,19 +227,155 @@ def speed(runs: dict[str, Detector], frames: np.ndarray, turns: int) -> dict[str
     }
 
 
-def machine() -> dict[str, Any]:
-    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+# -- on a GPU -------------------------------------------------------------------------------------
+
+
+def gpu_frames() -> dict[str, torch.Tensor]:
+    """uint8 [T, 360, 640, 3] on the GPU, with hands in all and in none."""
+    with tempfile.TemporaryDirectory() as folder:
+        if SAMPLES.is_dir():
+            found = video(SAMPLES / "two_hands_mixer_20s.mp4")
+        else:
+            footage = make_footage(Path(folder), minutes=1, width=1280, height=720, fps=15)
+            found = video(footage.videos[0], every=3)
+    whole = np.zeros((len(found), 360, 640, 3), np.uint8)
+    top, left = (360 - found.shape[1]) // 2, (640 - found.shape[2]) // 2
+    whole[:, top : top + found.shape[1], left : left + found.shape[2]] = found
+    noise = np.random.default_rng(0).integers(0, 256, (64, 360, 640, 3), np.uint8)
+    return {"with hands": torch.from_numpy(whole).cuda(), "without hands": torch.from_numpy(noise).cuda()}
+
+
+def seconds(work: Callable[[], Any], least: float) -> float:
+    """Median of one call, by the device's own events; some calls are under way at a time, as in a run."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    each: list[float] = []
+    began = time.perf_counter()
+    while len(each) < 5 or time.perf_counter() - began < least:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(4):
+            work()
+        last.record()
+        last.synchronize()
+        each.append(first.elapsed_time(last) / 4000)
+    return float(np.median(each))
+
+
+def gpu_ways(dtype: torch.dtype, n_frames: int) -> Iterator[tuple[str, Callable[[torch.Tensor], FoundHands]]]:
+    yield "eager, palms counted on the host", network(dtype, device="cuda")
+    yield "eager", network(dtype, device="cuda", every_slot=True)
+    yield "graph", Captured(network(dtype, device="cuda", every_slot=True), n_frames)
+    compiled = network(dtype, device="cuda", every_slot=True)
+    compiled.palm = torch.compile(compiled.palm, dynamic=False)
+    compiled.landmark = torch.compile(compiled.landmark, dynamic=False)
+    yield "graph of compiled networks", Captured(compiled, n_frames)
+
+
+def gpu_speed(frames: dict[str, torch.Tensor], batches: list[int], least: float) -> list[dict[str, Any]]:
+    rows = []
+    for n_frames in batches:
+        for way, look in gpu_ways(torch.float16, n_frames):
+            for content, all_frames in frames.items():
+                batch = all_frames[torch.arange(n_frames, device="cuda") % len(all_frames)]
+                torch.cuda.reset_peak_memory_stats()
+                began = time.perf_counter()
+                found = look(batch).cpu()
+                first_s = time.perf_counter() - began
+                each_s = seconds(lambda look=look, batch=batch: look(batch), least)
+                rows.append(
+                    {
+                        "batch": n_frames,
+                        "way": way,
+                        "content": content,
+                        "frames_per_s": round(n_frames / each_s),
+                        "first_call_s": round(first_s, 2),
+                        "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+                        "share_with_a_hand": round(float(found.present_BK.any(1).float().mean()), 3),
+                    }
+                )
+                print(rows[-1])
+            del look
+            torch.cuda.empty_cache()
+    return rows
+
+
+def gpu_agreement(frames_BHWC: torch.Tensor) -> dict[str, Any]:
+    """Each way in float16 against float32 on the CPU, and one way against itself in other company."""
+    host = frames_BHWC.cpu().numpy()
+    wanted = torch_detector(network(torch.float32))(host)
+    sizes = [host.shape[1:3]] * len(host)
+    found: dict[str, Any] = {}
+    for way, look in gpu_ways(torch.float16, len(frames_BHWC)):
+        hands = look(frames_BHWC)
+        candidates = hands_torch._candidates(hands.cpu(), sizes)
+        found[way] = shares([compare(candidates, wanted, host.shape[1:3])])
+        turned, table = look(frames_BHWC.flip(0)).packed().flip(0), hands.packed()
+        found[way]["same_to_the_last_bit_in_another_place"] = bool(
+            torch.equal(turned[hands.present_BK], table[hands.present_BK])
+        )
+        print(way, found[way])
+    return found
+
+
+def gpu(quick: bool) -> dict[str, Any]:
+    """All that is measured on the GPU. Its memory is read before and after many batches as well."""
+    frames = gpu_frames()
+    speeds = gpu_speed(frames, [128] if quick else [64, 128, 256, 512], 0.3 if quick else 1.0)
+    best = max((row for row in speeds if row["content"] == "with hands"), key=lambda r: r["frames_per_s"])
+    with hands_torch.TorchHands(device="cuda") as detector:
+        clip = frames["with hands"][:96]
+        looked = np.arange(0, len(clip), 3)
+        clips = [(clip, looked, None)] * 16
+        detector.detect_batch(clips)
+        held = torch.cuda.memory_allocated()
+        each_s = seconds(lambda: detector.detect_batch(clips), 0.3 if quick else 2.0)
+        grown = torch.cuda.memory_allocated() - held
     return {
-        "cpu": model[1].strip() if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "cores_used": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "mediapipe", "numpy")},
-        "commit": commit.stdout.strip() or None,
+        "device": torch.cuda.get_device_name(),
+        "gpu_hands_frames_per_s": best["frames_per_s"],
+        "best": best,
+        "detect_batch_frames_per_s": round(len(looked) * len(clips) / each_s),
+        "detect_batch_memory_grown_bytes": int(grown),
+        "by_batch": speeds,
+        "agreement_with_float32_on_the_cpu": gpu_agreement(frames["with hands"][:64]),
     }
+
+
+# -- all of it ------------------------------------------------------------------------------------
+
+
+def cpu_speed(turns: int, every: int) -> dict[str, Any] | None:
+    """Beside MediaPipe on the mixer clip, or None where either is missing."""
+    reference = mediapipe_detector()
+    if reference is None or not SAMPLES.is_dir():
+        return None
+    found = speed(
+        {"mediapipe": reference, **ours()}, video(SAMPLES / "two_hands_mixer_20s.mp4", every), turns
+    )
+    for name, row in found.items():
+        ratio = f"{row['speed']:5.2f} x (by CPU time {row['speed_by_cpu_time']:.2f} x)"
+        print(f"{name:16} {ratio}, {row['frames_per_cpu_second']} frames/s of CPU")
+    return found
+
+
+def ours() -> dict[str, Detector]:
+    dtypes = {"torch float32": torch.float32, "torch bfloat16": torch.bfloat16}
+    return {name: torch_detector(network(dtype)) for name, dtype in dtypes.items()}
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """The part that ``bench.py`` and ``gpu_proof.py`` ask for."""
+    models.hand_networks("full", pull_if_missing=True)
+    if torch.cuda.is_available():
+        return {"gpu": gpu(quick)}
+    torch.set_num_threads(1)
+    found = cpu_speed(2 if quick else 4, 20 if quick else 8)
+    if found is None:
+        raise Skip("mediapipe or ../shared/samples is not there")
+    best = hands_torch.default_dtype("cpu")
+    return {"cpu": found, "cpu_hands_vs_mediapipe": found[f"torch {str(best)[6:]}"]["speed_by_cpu_time"]}
 
 
 def main() -> None:
@@ -245,34 +383,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--every", type=int, default=4, help="of the mixer clip's frames, for the speed")
-    parser.add_argument("--only-speed", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only", choices=("speed", "agreement", "gpu"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    models.network_path("hand_landmark_full.tflite", pull_if_missing=True)
-    ours = {"torch float32": torch.float32, "torch bfloat16": torch.bfloat16}
-    body: dict[str, Any] = {"question": __doc__.splitlines()[0], "machine": machine()}
-    with MediaPipeHands() as mediapipe:
-        reference = mediapipe_detector(mediapipe)
-        nets = {name: network(dtype) for name, dtype in ours.items()}
-        detectors = {name: torch_detector(net) for name, net in nets.items()}
-        if SAMPLES.is_dir():
-            frames = video(SAMPLES / "two_hands_mixer_20s.mp4", args.every)
-            body["speed"] = speed({"mediapipe": reference, **detectors}, frames, args.turns)
-            for name, row in body["speed"].items():
-                ratio = f"{row['speed']:5.2f} x (by CPU time {row['speed_by_cpu_time']:.2f} x)"
-                print(f"{name:16} {ratio}, {row['frames_per_cpu_second']} frames/s of CPU")
-        if not args.only_speed:
-            body["agreement"] = agreement(reference, detectors, "torch float32")
+    models.hand_networks("full", pull_if_missing=True)
+    body: dict[str, Any] = {"threads": torch.get_num_threads()}
+    if args.only in (None, "speed"):
+        body["speed"] = cpu_speed(args.turns, args.every) or "mediapipe or the samples are not there"
+    if args.only in (None, "agreement"):
+        reference = mediapipe_detector()
+        if reference is None:
+            body["agreement"] = "mediapipe is not there"
+        else:
+            body["agreement"] = agreement(reference, ours(), "torch float32")
             for title, groups in body["agreement"].items():
                 for group, row in groups.items():
                     print(f"{title}, {group}: {row}")
-    about = body["machine"]
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['cores']} cores".lower()).strip("-")
-    path = args.out / f"{datetime.date.today().isoformat()}-{slug}-hands.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    print(path.name)
+    if args.only in (None, "gpu"):
+        body["gpu"] = gpu(False) if torch.cuda.is_available() else "no GPU"
+    print(write_result("hands", __doc__, body, ("torch", "mediapipe", "numpy"), args.out).name)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,9 @@ def find(
     # Scores that are NaN (of frames that hold NaN) fail the comparison, as do boxes turned inside out.
     score_BA = logit_BA1[..., 0].clamp(-_SCORE_LIMIT, _SCORE_LIMIT).sigmoid()
     counts_BA = (score_BA >= min_score) & (size >= 0).all(-1)
-    left_BA = torch.where(counts_BA, score_BA, 0.0)
-    flat_BAC = torch.where(counts_BA[..., None], points_BAP2.flatten(2), 0.0)
+    # Not torch.where: it would copy its number to a GPU, which a CUDA graph forbids.
+    left_BA = score_BA.masked_fill(~counts_BA, 0.0)
+    flat_BAC = points_BAP2.flatten(2).masked_fill(~counts_BA[..., None], 0.0)
     scores, merged = [], []
     for _ in range(max_hands):
         score_B, best_B = left_BA.max(1)
@@ -98,11 +99,11 @@ def find(
         same_BA = shared_BA > MIN_OVERLAP * union_BA
         # The best one belongs to itself even where its box has no area.
         same_BA = same_BA.scatter(1, best_B[:, None], True)
-        weight_BA = torch.where(same_BA, left_BA, 0.0)
+        weight_BA = left_BA.masked_fill(~same_BA, 0.0)
         sum_B1 = weight_BA.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         merged.append((weight_BA[:, None] @ flat_BAC)[:, 0] / sum_B1)
         scores.append(score_B)
-        left_BA = torch.where(same_BA, 0.0, left_BA)
+        left_BA = left_BA.masked_fill(same_BA, 0.0)
     points_BKP2 = torch.stack(merged, 1).unflatten(2, (-1, 2))
     return Palms(torch.stack(scores, 1), _rects(points_BKP2, frame_size))
 

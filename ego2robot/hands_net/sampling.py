@@ -24,7 +24,7 @@ def sound(frames_BHWC: torch.Tensor) -> torch.Tensor:
         return frames_BHWC
     frames_BHWC = frames_BHWC.to(torch.float32)
     sound_B = frames_BHWC.isfinite().flatten(1).all(1)
-    return torch.where(sound_B[:, None, None, None], frames_BHWC, 0.0)
+    return frames_BHWC.masked_fill(~sound_B[:, None, None, None], 0.0)
 
 
 def planes(frames_BHWC: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def _taps(length: int, side: int, size: int, device: torch.device) -> _Taps:
     places, shares = [], []
     for i, w in ((low, 1 - share), (low + 1, share)):
         places.append(i.clamp(0, length - 1).to(torch.int64))
-        shares.append(torch.where((i >= 0) & (i < length), w, 0.0))
+        shares.append(w.masked_fill((i < 0) | (i >= length), 0.0))
     return _Taps((places[0], places[1]), (shares[0], shares[1]), first, size - last)
 
 
