@@ -11,10 +11,10 @@ from ego2robot_kernels.camera import small_greys
 from ego2robot_kernels.greys import motion_from_greys, used
 from ego2robot_kernels.motion import motion
 from ego2robot_kernels.surface import convert_surfaces
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.triton_kernels import compile_for_hopper, device, on_device, run_interpreted
+from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, run_interpreted
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -76,7 +76,7 @@ def by_kernel(greys: Any, counts: list[int], step: int) -> torch.Tensor:
     step=st.integers(1, 3),
     data=st.data(),
 )
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, **UNSHRUNK)
 def test_kernel_equals_the_reference_on_device(
     lengths: list[int], height: int, width: int, margin: int, step: int, data: Any
 ) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from ego2robot_kernels.model_input import Picture, kernel_takes, model_inputs, resize_and_crop
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
 from ego2robot.stages.preprocess import CLIP_PICTURE, VIDEOMAE_PICTURE
-from tests.triton_kernels import compile_for_hopper, device, on_device, run_interpreted
+from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, run_interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def by_kernel(clips: Any, indices: Any, picture: Picture, out: torch.Tensor) -> 
     last=st.booleans(),
     data=st.data(),
 )
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, **UNSHRUNK)
 def test_kernel_equals_the_reference_on_device(
     height: int, width: int, margin: int, edge: int, resample: Any, dtype: torch.dtype, last: bool, data: Any
 ) -> None:

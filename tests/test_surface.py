@@ -12,12 +12,12 @@ import torch
 from av.video.reformatter import VideoReformatter
 from ego2robot_kernels.motion import grey_small
 from ego2robot_kernels.surface import Geometry, area_taps, convert_surfaces, factors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ego2robot.decode.picture import QUALITY
 from tests.footage import textured_frame, write_video
-from tests.triton_kernels import compile_for_hopper, device, on_device, run_interpreted
+from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, run_interpreted
 
 SAMPLES = Path(__file__).parents[1].parent / "shared" / "samples"
 MATRIX = {"bt601": 5, "bt709": 1, "bt2020": 9}  # ITU-T H.273
@@ -278,7 +278,7 @@ def calls(draw: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 @on_device
 @given(call=calls())
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, **UNSHRUNK)
 def test_kernel_equals_the_reference_on_device(call: tuple[Any, Any, dict[str, Any]]) -> None:
     luma, chroma, arguments = call
     expected = convert_surfaces(luma, chroma, **arguments)

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase
 
+# An example takes the interpreter seconds: a failing one is shown as it was found.
+UNSHRUNK: Any = {"suppress_health_check": list(HealthCheck), "phases": [Phase.generate]}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tests of a kernel itself carry this: they run where there is a GPU, else in `run_interpreted`'s process.
 on_device = pytest.mark.skipif(
