@@ -97,7 +97,9 @@ class Triage:
 
 @section
 class Decode:
-    backend: Literal["auto", "pyav", "nvdec", "torchcodec", "pynvvideocodec", "dali", "decord"] = "auto"
+    backend: Literal["auto", "pyav", "nvdec", "cuvid", "torchcodec", "pynvvideocodec", "dali", "decord"] = (
+        "auto"
+    )
     mode: Literal["exact", "fast"] = "exact"  # fast: what no other frame refers to may be left out
     streams: Annotated[int, Field(ge=1, le=64)] = 12  # units decoded at once on each GPU
     timeout_s: Positive = 600.0  # one unit of work without a finished clip for so long is given up

@@ -7,14 +7,17 @@ their GPU and their library exist.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, patch
 
 import av
 import numpy as np
@@ -24,7 +27,7 @@ from ego2robot_kernels.motion import grey_small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ego2robot.decode import hardware, policy, probe, surfaces
+from ego2robot.decode import cuvid, hardware, policy, probe, surfaces
 from ego2robot.decode.base import Backend, FrameBatch
 from ego2robot.decode.bitstream import StartCodes, headers, vp9_shown
 from ego2robot.decode.policy import backends
@@ -133,6 +136,155 @@ def software(
     )
 
 
+class FakeDriver:
+    """What nvcuvid does, with libav in the place of the engine: a parser that calls back, surfaces by
+    number, pitched and larger than the picture, that are overwritten when their number comes round."""
+
+    def __init__(self, codec: str) -> None:
+        self.decoder = av.CodecContext.create({"av1": "libdav1d"}.get(codec, codec), "r")
+        self.surfaces: dict[int, tuple[av.VideoFrame, np.ndarray]] = {}
+        self.count = self.mapped = self.wanted = 0
+        self.out: list[int] = []
+
+    def cuvidCreateVideoParser(self, handle: Any, parameters: Any) -> int:
+        handle._obj.value, self.calls = 1, parameters._obj
+        return 0
+
+    def cuvidCreateDecoder(self, handle: Any, wanted: Any) -> int:
+        handle._obj.value, self.wanted = 2, wanted._obj.surfaces
+        return 0
+
+    def cuvidParseVideoData(self, _: Any, packet: Any) -> int:
+        given = packet._obj
+        if given.flags & cuvid.PACKET_END:
+            frames = self.decoder.decode(None)
+            self.decoder.flush_buffers()
+        else:
+            part = av.Packet(ctypes.string_at(given.payload, given.size))
+            part.pts = given.timestamp
+            try:
+                frames = self.decoder.decode(part)
+            except av.FFmpegError:
+                return 0  # the driver says nothing either
+        for frame in frames:
+            if not self._put_out(frame):
+                return 1
+        return 0
+
+    def _put_out(self, frame: av.VideoFrame) -> bool:
+        deep = frame.format.components[0].bits > 8
+        height, width = -(-frame.height // 16) * 16, -(-frame.width // 16) * 16
+        display = cuvid._Rect(0, 0, frame.width, frame.height)
+        form = cuvid._Format(
+            min_surfaces=4,
+            coded_width=width,
+            coded_height=height,
+            display=display,
+            chroma=1,
+            bit_depth_minus_8=2 if deep else 0,
+        )
+        if not self.wanted and not self.calls.on_sequence(None, ctypes.pointer(form)):
+            return False
+        index = self.count % self.wanted
+        self.count += 1
+        if not self.calls.on_decode(None, ctypes.pointer(cuvid._PictureHead(index=index))):
+            return False
+        self.surfaces[index] = frame, self._stored(frame, height, width, deep)
+        shown = cuvid._Display(index=index, progressive=1, timestamp=frame.pts)
+        return bool(self.calls.on_display(None, ctypes.pointer(shown)))
+
+    def _stored(self, frame: av.VideoFrame, height: int, width: int, deep: bool) -> np.ndarray:
+        dtype = np.uint16 if deep else np.uint8
+        rows = np.zeros((height + height // 2, width + 32), dtype)
+        for index, plane in enumerate(frame.planes):
+            h, w = (frame.height, frame.width) if not index else (-(-frame.height // 2), -(-frame.width // 2))
+            samples = np.frombuffer(memoryview(plane), dtype).reshape(-1, plane.line_size // dtype().itemsize)
+            samples = samples[:h, :w] << (6 if deep else 0)
+            if index:
+                rows[height : height + h, index - 1 : 2 * w : 2] = samples
+            else:
+                rows[:h, :w] = samples
+        return rows
+
+    def cuvidDecodePicture(self, *_: Any) -> int:
+        return 0
+
+    def cuvidGetDecodeStatus(self, _: Any, index: int, status: Any) -> int:
+        corrupt = index in self.surfaces and self.surfaces[index][0].is_corrupt
+        status._obj.status = cuvid.CONCEALED if corrupt else 2
+        return 0
+
+    def cuvidMapVideoFrame64(self, _: Any, index: int, address: Any, pitch: Any, process: Any) -> int:
+        assert not self.out, "the driver has few surfaces to hand out: one at a time"
+        rows = self.surfaces[index][1]
+        address._obj.value, pitch._obj.value = rows.ctypes.data, rows.strides[0]
+        self.out.append(rows.ctypes.data)
+        self.mapped += 1
+        return 0
+
+    def cuvidUnmapVideoFrame64(self, _: Any, address: int) -> int:
+        self.out.remove(address)
+        return 0
+
+    def cuvidDestroyVideoParser(self, _: Any) -> int:
+        return 0
+
+    cuvidDestroyDecoder = cuvidDestroyVideoParser
+
+
+class FakeEngine(cuvid.DriverEngine):
+    stream = None  # type: ignore[assignment]
+
+
+def host_planes(
+    luma: int,
+    chroma: int,
+    pitch: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    device: int,
+    owner: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kind = np.uint8 if dtype == torch.uint8 else np.uint16
+    found = []
+    for address, rows in ((luma, height), (chroma, -(-height // 2))):
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * (rows * pitch)).from_address(address))
+        found.append(torch.from_numpy(memory.view(kind).reshape(rows, -1)[:, :width]))
+    return found[0], found[1].unflatten(1, (-1, 2))
+
+
+def driver(made: list[FakeDriver] | None = None) -> Reader:
+    """The engine that speaks to the driver, with a driver that is not there."""
+
+    def reader(blob: Blob, info: VideoInfo, due: np.ndarray, spec: FrameSpec) -> Iterator[FrameBatch]:
+        @contextmanager
+        def engine(stream: av.VideoStream) -> Iterator[FakeEngine]:
+            fake = FakeDriver(info.codec)
+            if made is not None:
+                made.append(fake)
+            with ExitStack() as stack:
+                for place, name, value in (
+                    (cuvid, "_library", lambda: fake),
+                    (cuvid, "_driver", MagicMock()),
+                    (cuvid.hardware, "context", lambda _: 1),
+                    (cuvid.hardware, "device_planes", host_planes),
+                    (torch.cuda, "Stream", MagicMock(return_value=MagicMock(cuda_stream=7))),
+                    (torch.cuda, "stream", lambda _: nullcontext()),
+                ):
+                    stack.enter_context(patch.object(place, name, value))
+                found = FakeEngine(info.codec, 0)
+                found.follow(stream)
+                yield found
+                found.reset()
+                found.close()
+                assert not fake.out
+
+        return surfaces.read_packets("video", blob, info, due, spec, "cpu", engine)
+
+    return reader
+
+
 def of(backend: Backend) -> Reader:
     device = "cuda" if "cuda" in backend.devices else "cpu"
     return lambda blob, info, due, spec: backend.read("video", blob, info, due, spec, device)
@@ -174,10 +326,11 @@ def present(backend: Backend) -> str | None:
     return None if "cuda" in backend.devices else "not built with CUDA, or no GPU"
 
 
-GPU_DECODERS = ("nvdec", "torchcodec", "pynvvideocodec", "dali", "decord")
+GPU_DECODERS = ("nvdec", "cuvid", "torchcodec", "pynvvideocodec", "dali", "decord")
 READERS = [
     pytest.param(software(), id="lasting"),
     pytest.param(software(lasts=False, silent=True), id="overwritten"),
+    pytest.param(driver(), id="driver"),
     *(
         pytest.param(
             of(backends()[name]),
@@ -421,6 +574,40 @@ def test_pictures_that_are_dropped_without_a_word_are_marked(long: dict[str, Pat
     assert not corrupt[24:].any()
 
 
+def test_what_the_hardware_concealed_is_marked(long: dict[str, Path], tmp_path: Path) -> None:
+    made: list[FakeDriver] = []
+    path = damaged(long["mp4"], tmp_path / "a.mp4", 75, 78)
+    due = np.arange(72) / 6 + 0.002
+    frames, times, corrupt = read(driver(made), path, due, SMALL)
+    expected, expected_times, expected_corrupt = read(of(PYAV), path, due, SMALL)
+    assert corrupt.any()
+    assert not (expected_corrupt & ~corrupt).any()
+    assert corrupt.sum() <= expected_corrupt.sum() + 2
+    good = ~corrupt
+    assert np.array_equal(times[good], expected_times[good])
+    assert psnr(frames[good], expected[good]) >= 40
+    assert made[0].mapped <= len(due) + 2  # what is not due stays where it is
+
+
+def test_structures_are_as_long_as_the_drivers() -> None:
+    """Sizes and offsets that a C compiler gives for cuviddec.h and nvcuvid.h on 64-bit Linux."""
+    sizes = {
+        hardware._Caps: 88,
+        cuvid._Packet: 32,
+        cuvid._Format: 64,
+        cuvid._Create: 176,
+        cuvid._Display: 24,
+        cuvid._Process: 264,
+        cuvid._Status: 192,
+        cuvid._Parser: 136,
+    }
+    assert {kind: ctypes.sizeof(kind) for kind in sizes} == sizes
+    assert (cuvid._Format.display.offset, cuvid._Format.min_surfaces.offset) == (24, 15)
+    assert (cuvid._Create.target_width.offset, cuvid._Create.lock.offset) == (96, 120)
+    assert (cuvid._Process.stream.offset, cuvid._Parser.on_display.offset) == (56, 64)
+    assert (hardware._Caps.max_width.offset, cuvid._PictureHead.index.offset) == (28, 8)
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_stream_ends_in_frames_or_in_words(
     reader: Reader, long: dict[str, Path], tmp_path: Path
@@ -618,7 +805,7 @@ def test_real_footage(reader: Reader) -> None:
     assert psnr(frames, expected) >= 40
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", [r for r in READERS if r.id != "driver"])  # what it patches is shared
 def test_many_at_once_give_what_one_gives(reader: Reader, encoded: dict[str, Path]) -> None:
     alone = taken(reader, encoded["h264"])[0]
     with ThreadPoolExecutor(4) as threads:

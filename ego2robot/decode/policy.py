@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ego2robot.decode.base import Backend, FrameBatch
+from ego2robot.decode.cuvid import CUVID
 from ego2robot.decode.dali import DALI
 from ego2robot.decode.decord import Decord
 from ego2robot.decode.nvdec import NVDEC
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @cache
 def _backends() -> tuple[Backend, ...]:
-    return PyAV(), NVDEC(), TorchCodec(), PyNvVideoCodec(), DALI(), Decord()
+    return PyAV(), NVDEC(), CUVID(), TorchCodec(), PyNvVideoCodec(), DALI(), Decord()
 
 
 def backends() -> dict[str, Backend]:

@@ -61,6 +61,7 @@ class Planes(NamedTuple):
     Attributes:
         luma: uint8, or uint16 with the value in the high bits, [H, W], any row stride.
         chroma: same type, [ceil(H / 2), ceil(W / 2), 2].
+        damaged: what is only known once it is decoded: damage came to light since the picture before.
     """
 
     luma: torch.Tensor
@@ -68,6 +69,7 @@ class Planes(NamedTuple):
     matrix: Matrix
     full_range: bool
     siting: Siting = "left"
+    damaged: bool = False
 
 
 class Decoded(NamedTuple):
@@ -277,6 +279,7 @@ class _Picker:
                 self._greys.append(self._no_grey())
             else:
                 frame_HWC, grey_hw = self._draw(shown)
+                corrupt = shown.corrupt
                 if frame_HWC.data_ptr() != frames_THWC[k].data_ptr():
                     frames_THWC[k].copy_(frame_HWC)
                 self._greys.append(grey_hw)
@@ -289,7 +292,8 @@ class _Picker:
             return self._drawn[1:]
         from ego2robot_kernels.surface import convert_surfaces
 
-        luma, chroma, matrix, full_range, siting = surface.planes()
+        luma, chroma, matrix, full_range, siting, damaged = surface.planes()
+        surface.corrupt |= damaged
         stored_height = self._info.width if self._info.rotation % 180 else self._info.height
         if len(luma) != stored_height:  # another size on the way, or a crop that was not applied
             raise DecoderError(f"pictures are {len(luma)} rows high, not {stored_height}")
@@ -482,8 +486,12 @@ class PacketSource:
                     last = time_s
                     next_s = known.coming[0][0] * tick if known.coming else math.inf
                     suspect = damage is not None
-                    yield Surface(time_s, duration * tick, suspect, after_damage, next_s, planes, lasts)
+                    length_s = duration * tick
+                    surface = Surface(time_s, length_s, suspect, after_damage, next_s, planes, lasts)
+                    yield surface
                     after_damage = suspect
+                    if surface.corrupt and not suspect:  # it came to light when it was read
+                        damage, after_damage = time_s, True
 
     def _chosen(self, known: _Known) -> Iterator[av.Packet | None]:
         """Packets that are to be decoded, from the first keyframe on; None where reading failed."""
@@ -646,11 +654,13 @@ class EnginePool:
         """An idle engine of this kind, None where there is none."""
         return self._idle.pop(key, None)
 
-    def give(self, key: object, engine: Any) -> None:
-        """Keeps an engine that has been reset; the one unused for longest goes."""
+    def give(self, key: object, engine: Any) -> list[Any]:
+        """Keeps an engine that has been reset; returns those that have to go, unused for longest."""
+        gone = [self._idle.pop(key)] if key in self._idle else []
         self._idle[key] = engine
         while len(self._idle) > self._keep:
-            self._idle.popitem(last=False)
+            gone.append(self._idle.popitem(last=False)[1])
+        return gone
 
     @property
     def _idle(self) -> OrderedDict[object, Any]:
