@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def run_all(parts: Sequence[Part], quick: bool, until: float) -> dict[str, Outco
         if left < 10:
             outcomes[part.name] = Outcome(part.name, 0.0, None, "no time was left for it")
         else:
-            shorter = Part(part.name, part.module, min(part.budget_s, left), part.function, part.threads)
+            shorter = replace(part, budget_s=min(part.budget_s, left))
             outcomes[part.name] = run_part(shorter, quick)
         outcome = outcomes[part.name]
         print(f"{part.name:<12} {outcome.seconds:6.1f} s  {outcome.reason or 'measured'}", flush=True)

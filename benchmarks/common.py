@@ -122,14 +122,12 @@ class Part:
     Attributes:
         module: beside this file; ``function(quick)`` of it returns what was measured.
         budget_s: it is ended, with all its children, when this is over.
-        threads: of BLAS and OpenMP; None leaves them as they are.
     """
 
     name: str
     module: str
     budget_s: float
     function: str = "run"
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,11 +146,7 @@ def run_part(part: Part, quick: bool) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         answer = Path(folder) / "part.json"
         command = [sys.executable, str(Path(__file__)), part.module, part.function, str(answer)]
-        roots = [*ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(roots))
-        if part.threads:
-            environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(part.threads))
-        status, last = run_group(command + ["--quick"] * quick, part.budget_s, environment)
+        status, last = run_group(command + ["--quick"] * quick, part.budget_s)
         seconds = time.monotonic() - began
         told: dict[str, Any] = json.loads(answer.read_text("utf-8")) if answer.is_file() else {}
     if "skipped" in told:
@@ -168,14 +162,16 @@ def _ended(status: int) -> str:
     return f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit {status}: "
 
 
-def run_group(
-    command: Sequence[str], budget_s: float, environment: Mapping[str, str] | None = None
-) -> tuple[int | None, str]:
+def run_group(command: Sequence[str], budget_s: float) -> tuple[int | None, str]:
     """Runs a command in a process group that is ended whole. Its output is shown here as it comes.
+
+    Its children find the benchmarks and the package too, by ``PYTHONPATH``.
 
     Returns:
         The exit status (None: the time was up) and the last line of its standard error.
     """
+    roots = [str(Path(__file__).parent), *ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(roots))
     with tempfile.TemporaryFile() as errors:
         job = subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True)
         try:

@@ -74,13 +74,11 @@ def do(job: Job) -> dict[str, Any]:
 
     step, length = grid_step(job), job.tasks[0].n_frames
     folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
-    here = str(Path(__file__).parent)
     ray.init(
         num_cpus=job.processes,
         include_dashboard=False,
         log_to_driver=False,
         _temp_dir=folder,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}},
     )
     try:
         began = time.perf_counter()
