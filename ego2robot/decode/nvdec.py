@@ -45,6 +45,8 @@ class NVDEC:
     def refuses(self, info: VideoInfo) -> str | None:
         if info.codec not in CODECS:
             return f"is only used for {', '.join(CODECS)}, not {info.codec}"
+        if (info.width if info.rotation % 180 else info.height) % 2:
+            return "FFmpeg misplaces the chroma of surfaces of odd height"
         return hardware.refuses(info)
 
     def read(
@@ -84,7 +86,11 @@ class PyAVEngine:
     def __init__(self, codec: str, extradata: bytes | None, device: int) -> None:
         self._device = device
         self.stream = torch.cuda.default_stream(device)  # FFmpeg's copies run there
-        acceleration = HWAccel("cuda", str(device), allow_software_fallback=False, is_hw_owned=True)
+        # FFmpeg refuses a primary context whose flags are not its own, so it is given torch's as the
+        # current one (libavutil/hwcontext_cuda.c).
+        hardware.context(device)
+        options = {"primary_ctx": "0", "current_ctx": "1"}
+        acceleration = HWAccel("cuda", str(device), False, options, is_hw_owned=True)
         try:
             self._context = av.CodecContext.create(codec, "r", hwaccel=acceleration)
         except (av.FFmpegError, NotImplementedError, ValueError) as error:
