@@ -88,7 +88,8 @@ class RunDir:
                     "use another run_dir, or the configuration it was started with"
                 )
             return run
-        if run.path.exists() and any(run.path.iterdir()):
+        # `ego2robot slurm submit` puts scripts there before a job plans.
+        if run.path.exists() and any(path.name != "slurm" for path in run.path.iterdir()):
             raise UserError(f"{path}: not empty and not a run directory; choose another run_dir")
         run._freeze(tree, fingerprint)
         return run
