@@ -162,19 +162,21 @@ def draw(folder: Path, path: Path) -> None:
     for ax in axes.flat[len(lines) :]:
         ax.axis("off")
     for ax, (name, of) in zip(axes.flat, lines.items(), strict=False):
+        share = name in ("triage_recall", "decisions_agree")  # of interest near 1 alone
         for machine_name, points in of.items():
             at = [dates.index(date) for date, _ in points]
             values = [value for _, value in points]
             ax.plot(at, values, "o-", color=colours[machine_name], markersize=5, linewidth=1.6)
-            text = f"{values[-1]:.0f}" if values[-1] >= 100 else f"{values[-1]:.2f}"
+            text = f"{values[-1]:,.0f}" if values[-1] >= 100 else f"{values[-1]:.{3 if share else 2}f}"
             ax.annotate(
                 text, (at[-1], values[-1]), (0, 7), textcoords="offset points", ha="center", fontsize=9
             )
-        highest = max(value for points in of.values() for _, value in points)
+        drawn = [value for points in of.values() for _, value in points]
+        highest = max(drawn)
         if name in FLOORS:
             ax.axhline(FLOORS[name], color="0.45", linestyle="--", linewidth=1)
             highest = max(highest, FLOORS[name])
-        ax.set_ylim(0, 1.25 * highest)
+        ax.set_ylim(*((min(0.95, *drawn) - 0.01, 1.02) if share else (0, 1.25 * highest)))
         ax.set_xlim(-0.6, len(dates) - 0.4)
         ax.set_xticks(range(len(dates)), [date[5:] for date in dates], fontsize=8)
         ax.tick_params(axis="y", labelsize=8)
