@@ -110,11 +110,13 @@ def histogram(
     x_label: str,
     label: str,
     most: float,
+    upper: bool = False,
 ) -> Markup:
     """Stacked bars over ``edges`` (float64 [bins + 1]) with a line at the threshold.
 
     Args:
         most: the largest possible score; a last bin that opens there has no tick at its end.
+        upper: what lies below the threshold is kept, not what lies above.
     """
     low, high = float(edges[0]), float(edges[-1])
     if threshold is not None:
@@ -154,7 +156,7 @@ def histogram(
         side = "end" if at > LEFT + width * 0.7 else "start"
         parts.append(el("line", x1=at, x2=at, y1=TOP - 24, y2=floor, class_="threshold"))
         parts.append(
-            el("text", f"≥ {threshold:.4g} kept", x=at + (-6 if side == "end" else 6), y=TOP - 14,
+            el("text", f"{'≤' if upper else '≥'} {threshold:.4g} kept", x=at + (-6 if side == "end" else 6), y=TOP - 14,
                class_=f"{side} strong")
         )  # fmt: skip
     return _svg(*parts, label=label)

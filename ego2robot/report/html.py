@@ -103,6 +103,7 @@ def render(run: RunDir, progress: Progress | None = None) -> str:
             CAMERA_MOST,
             "camera motion, picture widths per second",
             "Motion of the camera in the judged clips",
+            upper=True,
         ),
         visibility=visibility_chart(survey, gate, cfg),
         gate=gate,
@@ -319,6 +320,9 @@ def source_totals(run: RunDir) -> Totals:
     return Totals(len(seconds), sum(seconds.values()) / 3600)
 
 
+OFF = "off"
+
+
 @dataclass(frozen=True)
 class Threshold:
     """``value`` is None where a quantile was asked for and is not resolved yet."""
@@ -335,7 +339,7 @@ def thresholds(run: RunDir) -> dict[str, Threshold]:
         if isinstance(asked, config.Quantile):
             found[key] = Threshold(stored.get(key), f"quantile {asked.quantile:g} of this run's clips")
         else:
-            found[key] = Threshold(stored.get(key, asked), "absolute" if asked else "off")
+            found[key] = Threshold(stored.get(key, asked), "absolute" if asked else OFF)
     return found
 
 
@@ -639,7 +643,12 @@ def funnel_rows(counts: Funnel) -> list[FunnelRow]:
 
 
 def score_chart(
-    found: Mapping[str, np.ndarray], threshold: Threshold, most: float, axis: str, label: str
+    found: Mapping[str, np.ndarray],
+    threshold: Threshold,
+    most: float,
+    axis: str,
+    label: str,
+    upper: bool = False,
 ) -> Markup | None:
     """Up to forty bins as far as the largest score; fewer where there are few clips to fill them.
 
@@ -662,7 +671,7 @@ def score_chart(
             padded[: FINE + 1] = found[kind]
             series.append(charts.Series(name, kind, padded[: n_bins * step].reshape(n_bins, step).sum(1)))
     edges = np.arange(n_bins + 1) * step / FINE * most
-    return charts.histogram(edges, series, value, axis, label, most)
+    return charts.histogram(edges, series, value, axis, label, most, upper)
 
 
 def visibility_chart(survey: Survey, gate: Mapping[str, Threshold], cfg: config.Config) -> Markup | None:
@@ -822,7 +831,7 @@ def notices(
         add("info", "Nobody looked for hands", text)
     if skills is None and counts.kept:
         add("info", "No skills yet", "Run `ego2robot cluster` on this run directory.")
-    unresolved = [key for key, one in gate.items() if one.value is None]
+    unresolved = [key for key, one in gate.items() if one.value is None and one.asked != OFF]
     if unresolved and counts.planned:
         add("info", "Thresholds not resolved", f"No value yet for {' and '.join(unresolved)}.")
     problems = Counter(one.problem for one in pictures.values() if one.problem)
