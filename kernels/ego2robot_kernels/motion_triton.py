@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ego2robot_kernels.launch import upload
 from ego2robot_kernels.motion import GREY_B, GREY_BITS, GREY_G, GREY_R, SIZE, taps
 
 BLOCK = 256  # small pixels a program: 57 programs a clip, two fill the 132 SMs of an H200
@@ -111,8 +112,7 @@ def motion_of(clips: Sequence[torch.Tensor], size: tuple[int, int] = SIZE) -> to
     source_height, source_width = clips[0].shape[1:3]
     height, width = size
     numbers = [[c.data_ptr() for c in clips], *([c.stride(i) for c in clips] for i in (0, 1))]
-    table = torch.tensor([*numbers, [len(c) for c in clips]], dtype=torch.int64)
-    address, t_stride, row_stride, used = table.to(device)
+    address, t_stride, row_stride, used = upload([*numbers, [len(c) for c in clips]], device)
     blocks = triton.cdiv(height * width, BLOCK)
     partial = torch.empty((n, blocks), dtype=torch.int64, device=device)
     with torch.cuda.device_of(clips[0]):  # Triton launches on the current device
