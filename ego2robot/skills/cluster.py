@@ -22,6 +22,7 @@ import torch
 
 from ego2robot import config as configuration
 from ego2robot.errors import UserError
+from ego2robot.memory import return_large_blocks
 from ego2robot.skills import table
 from ego2robot.skills.assignment import (
     Details,
@@ -45,13 +46,13 @@ from ego2robot.types import short_id
 
 PREFERENCE = ("videomae", "clip", "hand_motion")
 SILHOUETTE_SAMPLE = 5_000
-STABILITY_SAMPLE, STABILITY_ROWS = 20_000, 50  # rows looked at; the least per cluster where they are a part
+STABILITY_SAMPLE, STABILITY_ROWS = 5_000, 50  # rows looked at; the least per cluster where they are a part
 STABILITY_RUNS = 5
 N_EXAMPLES = 6
 MERGE_ROWS = 1 << 20  # of the final table, sorted at a time
 # Beyond so many row-centroid pairs an iteration takes seconds, and starts hardly differ any more:
 # one start and few iterations, as faiss does.
-LARGE, LARGE_ITERATIONS = 1 << 25, 25
+LARGE, LARGE_ITERATIONS = 1 << 22, 25
 
 Progress = Callable[[str], None]  # told what begins
 
@@ -90,7 +91,7 @@ def cluster(
     Returns:
         The body of ``skills.json``: ``silhouette`` (on a seeded sample of at most 5,000 clips) and
         ``stability`` (mean adjusted Rand index between 5 runs of other seeds, one start each, on at most
-        20,000 clips) are None unless 2 ≤ k < clips; ``imbalance`` is the largest skill over the mean size;
+        5,000 clips) are None unless 2 ≤ k < clips; ``imbalance`` is the largest skill over the mean size;
         ``warnings`` are lines for a person. A skill's ``medoid`` is the clip nearest to its centroid, which
         is also the one with the smallest sum of squared distances to the others where all clips were in
         the sample; ``examples`` the nearest six. ``also`` has the figures for each ``also_k``, whose
@@ -288,6 +289,7 @@ def _n_kept(run: RunDir) -> int:
 
 def _work(run: RunDir, config: configuration.Skills, seed: int, vectors: Vectors) -> Work:
     """The folder of work for these vectors and settings; what others left is no part of it."""
+    return_large_blocks()
     keys = sorted(type(config).__annotations__.keys() - {"projections"})  # they only paint the picture
     settings = [(key, getattr(config, key)) for key in keys]
     device = _device(run.config.device)

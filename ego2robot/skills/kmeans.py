@@ -31,7 +31,7 @@ FAISS_FROM_K = 100
 CHUNK_VALUES = 1 << 22  # float32 values of the largest array of one chunk: 16 MiB
 GPU_CHUNKS = 32  # a chunk on a GPU is so many times larger: launches cost more there than memory
 WIDE_BYTES = 256 << 20  # rows that take no more than this as float32 are widened once, not every iteration
-START_VALUES = 1 << 25  # row-centroid pairs: beyond, the start is drawn among so many rows as fit
+START_BYTES = 64 << 20  # the start is drawn among so many rows as take no more as float32, or 32 a centroid
 # A product of float32 matrices leaves noise of about this share of the norms in a squared distance.
 NOISE = 2.0**-17
 
@@ -208,13 +208,13 @@ def plus_plus(rows: Rows, k: int, rng: np.random.Generator) -> torch.Tensor:
     probability proportional to its squared distance from the centroids so far, the one is taken that
     leaves the smallest sum of squared distances.
 
-    Where rows times ``k`` exceed ``START_VALUES`` it looks at a random part of the rows, at least 32 a
-    centroid: on all of them it would take longer than the iterations that follow.
+    Of many rows it looks at a random part, ``START_BYTES`` or 32 a centroid: on all of them it would take
+    longer than the iterations that follow.
 
     Returns:
         float32 [K, D], different rows; K < k when fewer than k different rows were looked at.
     """
-    some = max(START_VALUES // k, 32 * k)
+    some = max(START_BYTES // (4 * rows.dim), 32 * k)
     if len(rows) > some:
         part = np.sort(rng.choice(len(rows), some, replace=False))
         rows = Rows(rows.take(torch.from_numpy(part)), rows.device)
