@@ -511,6 +511,18 @@ def test_gaps_are_not_decoded(long: dict[str, Path]) -> None:
     assert made[0].packets < 8 + 36 + 8  # a start, and one group of pictures
 
 
+def test_fast_leaves_out_what_the_cpu_leaves_out(encoded: dict[str, Path]) -> None:
+    for kind in ("h264-bframes", "hevc"):
+        made: list[SoftwareEngine] = []
+        frames, times, _ = read(software(fast=True, made=made), encoded[kind])
+        info = probe("a", blob_of(encoded[kind]))
+        due = np.arange(0, info.duration_s - 1e-6, 1 / 6)
+        expected = list(PYAV.read("a", blob_of(encoded[kind]), info, due, SPEC, "cpu", fast=True))
+        assert times == pytest.approx(np.concatenate([batch.times_s for batch in expected]))
+        assert made[0].packets < 60
+        assert numbers(frames) == [round(30 * t) for t in times]
+
+
 def test_only_what_is_due_is_read(encoded: dict[str, Path]) -> None:
     for kind in ("h264", "h264-bframes", "hevc", "vp9", "av1"):
         made: list[SoftwareEngine] = []
@@ -667,6 +679,28 @@ def test_the_cpu_takes_over_in_the_middle(
     assert not corrupt.any()
     assert len(caplog.messages) == (error is not None)
     assert not any("\n" in message for message in caplog.messages)
+
+
+def test_a_stream_that_ends_early_ends_early(long: dict[str, Path]) -> None:
+    both = policy.OrCPU(Failing(99, None), PYAV)
+    frames, _, _ = read(of_cpu(both), long["mp4"], [0.0, 11.9, 12.5, 100.0], SMALL)
+    assert numbers(frames) == [0, 357]
+
+
+def test_a_decoder_that_gives_nothing_is_given_up(long: dict[str, Path]) -> None:
+    class Mute(SoftwareEngine):
+        def decode(self, packet: av.Packet) -> list[Decoded]:
+            return []
+
+    blob = blob_of(long["mp4"])
+    info = probe("a", blob)
+    with pytest.raises(VideoError, match="no picture comes") as caught:
+        list(
+            surfaces.read_packets(
+                "a", blob, info, np.arange(60) / 6, SMALL, "cpu", lambda s: nullcontext(Mute(s, True, False))
+            )
+        )
+    assert caught.value.kind == "unsupported"
 
 
 def test_a_decoder_that_always_fails_is_not_asked_again(long: dict[str, Path]) -> None:

@@ -89,7 +89,7 @@ class PyAVEngine:
         # FFmpeg refuses a primary context whose flags are not its own, so it is given torch's as the
         # current one (libavutil/hwcontext_cuda.c).
         hardware.context(device)
-        options = {"primary_ctx": "0", "current_ctx": "1"}
+        options: dict[str, object] = {"primary_ctx": "0", "current_ctx": "1"}
         acceleration = HWAccel("cuda", str(device), False, options, is_hw_owned=True)
         try:
             self._context = av.CodecContext.create(codec, "r", hwaccel=acceleration)

@@ -38,6 +38,7 @@ from ego2robot.errors import VideoError
 from ego2robot.types import Blob, FrameSpec, VideoInfo
 
 BATCH = 16
+MAX_HELD_BACK = 128  # packets without a picture, before a decoder is given up; codecs reorder 16
 Matrix = Literal["bt601", "bt709", "bt2020"]
 Siting = Literal["left", "center", "topleft"]
 # ITU-T H.273 matrix coefficients; 2 is "unspecified", which swscale takes for BT.601.
@@ -512,6 +513,8 @@ class PacketSource:
                 continue
             if packet.pts is not None and not packet.is_discard:
                 heapq.heappush(known.coming, (packet.pts, packet.duration or 0))
+                if len(known.coming) > MAX_HELD_BACK:
+                    raise DecoderError(f"no picture comes of {MAX_HELD_BACK} packets")
             yield packet
 
     def jump(self, target_s: float, now_s: float) -> Iterator[Surface] | None:
