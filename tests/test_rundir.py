@@ -1,4 +1,5 @@
 import json
+from threading import Thread
 
 import duckdb
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from ego2robot import config
 from ego2robot.errors import UserError
 from ego2robot.store import atomic, schema
+from ego2robot.store.ledger import SEGMENT, AlreadyCommitted, Ledger, Record
 from ego2robot.store.rundir import RunDir
+from ego2robot.store.shared import SharedFolder
 
 PRINT = {"rows_version": 1, "videomae": {"sha256": "a"}, "made_with": {"torch": "x"}}
 
@@ -97,7 +100,8 @@ def test_committing_a_unit_again_replaces_its_part(tmp_path):
     run = new_run(tmp_path / "r")
     run.commit(["u1", "u2"], {"clips": clips(clip_row(1))})
     run.commit(["u2", "u1"], {"clips": clips(clip_row(1), clip_row(2))})
-    assert run.table("clips").num_rows == 2 and len(list(run.records())) == 1
+    assert run.table("clips").num_rows == 2 and len(run.records()) == 1
+    assert len(list((run.path / "clips").iterdir())) == 1
 
 
 def test_tables_open_in_duckdb_and_pandas_without_this_package(tmp_path):
@@ -150,3 +154,103 @@ def test_a_metrics_line_cut_by_a_crash_is_left_out(tmp_path):
 def test_a_resumed_run_takes_the_workers_of_this_start(tmp_path):
     new_run(tmp_path / "r", "source.path=x", "workers=1")
     assert new_run(tmp_path / "r", "source.path=x", "workers=7").config.workers == 7
+
+
+# -- the ledger -----------------------------------------------------------------------------------
+
+
+def test_of_two_who_commit_one_unit_the_first_is_recorded_and_nothing_is_left_of_the_other(tmp_path):
+    ours, theirs = new_run(tmp_path / "r"), RunDir.open(tmp_path / "r")
+    assert theirs.records() == []
+    ours.commit(["u1", "u2"], {"clips": clips(clip_row(1), clip_row(2))})
+    with pytest.raises(AlreadyCommitted) as error:
+        theirs.commit(["u2", "u3"], {"clips": clips(clip_row(2), clip_row(3))})
+    assert error.value.units == ("u2",)
+    theirs.commit(["u3"], {"clips": clips(clip_row(3))})
+    assert ours.table("clips").num_rows == 3 and ours.remove_leftovers() == []
+    assert [record.units for record in ours.records()] == [("u1", "u2"), ("u3",)]
+
+
+class Stale(SharedFolder):
+    """Shows what others made only after some looks, as a network file system may; our own at once."""
+
+    def __init__(self, path, looks):
+        super().__init__(path)
+        self.looks, self.seen = looks, {}
+
+    def create(self, name, data, durable=True):
+        made = super().create(name, data, durable)
+        self.seen[name] = self.looks if made else self.seen.get(name, 0)
+        return made
+
+    def read(self, name):
+        data = super().read(name)
+        if data is None:
+            return None
+        self.seen[name] = self.seen.get(name, 0) + 1
+        return data if self.seen[name] > self.looks else None
+
+
+def test_whoever_sees_the_others_late_commits_nothing_twice(tmp_path):
+    ledgers = [Ledger(Stale(tmp_path / "ledger", 5)) for _ in range(3)]
+    lost = 0
+
+    def work(ledger, order):
+        nonlocal lost
+        for i in order:
+            try:
+                ledger.append(Record(f"{id(ledger)}-{i}", (f"u{i}",), {}, {}))
+            except AlreadyCommitted:
+                lost += 1
+
+    orders = [range(40), range(39, -1, -1), [*range(20, 40), *range(20)]]
+    threads = [Thread(target=work, args=pair) for pair in zip(ledgers, orders, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger = Ledger(SharedFolder(tmp_path / "ledger"))
+    ledger.refresh()
+    assert len(ledger.parts) == len(ledger.owner) == 40 and lost == 80
+    assert not [name for name in (tmp_path / "ledger").iterdir() if name.name.startswith(".")]
+
+
+def test_segments_hold_the_same_as_the_records_and_nothing_depends_on_them(tmp_path):
+    ledger = Ledger(SharedFolder(tmp_path))
+    for i in range(2 * SEGMENT + 3):
+        dropped = (f"p{i - 7}",) if i % 50 == 10 else ()
+        ledger.append(Record(f"p{i}", (f"u{i}", f"w{i}"), {f"clips/{i}": {"rows": i}}, {"at": i}, dropped))
+    segments = sorted(tmp_path.glob("segment-*"))
+    assert len(segments) == 2
+
+    def read():
+        fresh = Ledger(SharedFolder(tmp_path))
+        assert [record.n for record in fresh.refresh()] == list(range(1, 2 * SEGMENT + 4))
+        return fresh.parts, fresh.owner
+
+    assert read() == (ledger.parts, ledger.owner)
+    segments[1].write_bytes(segments[1].read_bytes()[:-9])
+    assert read() == (ledger.parts, ledger.owner)
+    segments[0].unlink()
+    assert read() == (ledger.parts, ledger.owner)
+
+
+def test_a_half_written_record_holds_nothing_and_the_ledger_goes_on_after_it(tmp_path):
+    ledger = Ledger(SharedFolder(tmp_path))
+    ledger.append(Record("p1", ("u1",), {}, {}))
+    (tmp_path / "00000002.json").write_bytes(Record("p2", ("u2",), {}, {}).to_bytes()[:20])
+    ledger.append(Record("p3", ("u3",), {}, {}))
+    fresh = Ledger(SharedFolder(tmp_path))
+    fresh.refresh()
+    assert fresh.owner == {"u1": "p1", "u3": "p3"} and fresh.damaged == [2] and fresh.n == 3
+
+
+def test_a_dropped_part_counts_no_more_and_its_units_can_be_committed_again(tmp_path):
+    run = new_run(tmp_path / "r")
+    old = run.commit(["u1", "u2"], {"clips": clips(clip_row(1), clip_row(2))})
+    run.append(Record("", (), {}, {}, (old.part,)))
+    assert run.committed_units() == set() and not list((run.path / "clips").iterdir())
+    run.commit(["u1"], {"clips": clips(clip_row(1))}, replace=False)
+    assert RunDir.open(run.path).table("clips").num_rows == 1
+    with pytest.raises(ValueError, match="no such part"):
+        run.append(Record("", (), {}, {}, (old.part,)))

@@ -11,6 +11,7 @@ from ego2robot.jobs.plan import clips_of, units_of
 from ego2robot.jobs.status import status
 from ego2robot.jobs.verify import verify
 from ego2robot.store import atomic, schema
+from ego2robot.store.ledger import Record
 from ego2robot.store.rundir import RunDir
 from ego2robot.store.units import units_table
 from ego2robot.types import Blob, Video, VideoInfo
@@ -136,8 +137,8 @@ def test_damage_is_found_and_named(run, damage, says):
 
 
 def test_a_unit_that_is_committed_twice_is_found(run):
-    clips = pa.Table.from_pylist(run.rows, schema=schema.CLIPS)
-    run.commit([run.unit.unit_id, "0123456789abcdef"], {"clips": clips})
+    record = Record("f" * 16, (run.unit.unit_id, "0123456789abcdef"), {}, {})
+    (run.path / "ledger" / "00000002.json").write_bytes(record.to_bytes())
     problems = verify(run).problems
     assert any("committed 2 times" in p for p in problems) and any("not in the plan" in p for p in problems)
 

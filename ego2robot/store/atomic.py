@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,8 @@ TEMPORARY_PREFIX = ".tmp-"
 def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     """Creates or replaces ``path`` with what ``fill`` writes. Nothing is left behind on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    # Another node may write the same file, and have a process of the same number.
+    aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{secrets.token_hex(6)}")
     try:
         with aside.open("wb") as file:
             fill(file)

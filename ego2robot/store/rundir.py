@@ -1,7 +1,8 @@
 """A run directory: what is in it, who wrote it, and what of it counts.
 
-A table is a folder of ``part-<id>.parquet``; a part counts once ``ledger/<id>.json`` names it with its
-rows and checksum. Parts without a record are leftovers of an interrupted commit and are not read.
+A table is a folder of ``part-<id>.parquet``; a part counts once a record of ``ledger/`` names it with its
+rows and checksum (see ``store/ledger.py``). Parts without a record are leftovers of an interrupted commit, or
+of a unit that somebody else committed first; they are not read.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+import re
+import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,19 +28,14 @@ import yaml
 from ego2robot import __version__, config
 from ego2robot.errors import UserError
 from ego2robot.store import atomic, schema
+from ego2robot.store.ledger import AlreadyCommitted, Ledger, Record
+from ego2robot.store.shared import SharedFolder
 from ego2robot.types import short_id
 
 SCHEMAS = {"clips": schema.CLIPS, "hands": schema.HANDS, "quarantine": schema.QUARANTINE}
 
 
-@dataclass(frozen=True)
-class Record:
-    """One commit: which units it holds and which files, with rows and checksum of each."""
-
-    part: str
-    units: tuple[str, ...]
-    files: Mapping[str, Mapping[str, Any]]  # relative path → {"rows": int, "sha256": str}
-    info: Mapping[str, Any]  # timings, attempts, host
+WORKER_NAME = re.compile(r"[\w.-]{1,100}")
 
 
 class RunDir:
@@ -45,6 +43,8 @@ class RunDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.ledger = Ledger(SharedFolder(self.path / "ledger"))
+        self.ledger_lock = threading.RLock()
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -132,7 +132,11 @@ class RunDir:
     # -- committing ------------------------------------------------------------------------------
 
     def commit(
-        self, units: Sequence[str], tables: Mapping[str, pa.Table], info: Mapping[str, Any] | None = None
+        self,
+        units: Sequence[str],
+        tables: Mapping[str, pa.Table],
+        info: Mapping[str, Any] | None = None,
+        replace: bool = True,
     ) -> Record:
         """Writes the parts of some units, then the record that makes them count.
 
@@ -141,32 +145,65 @@ class RunDir:
             tables: ``clips``, ``hands``, ``quarantine`` or ``embeddings/<model>`` to its rows; empty
                 tables are not written.
             info: what else the record should say.
-        """
-        part = short_id("part", *sorted(units))
-        files = {}
-        for name, table in tables.items():
-            if table.num_rows:
-                relative = f"{name}/part-{part}.parquet"
-                atomic.write_parquet(self.path / relative, table)
-                files[relative] = {
-                    "rows": table.num_rows,
-                    "sha256": atomic.sha256(self.path / relative),
-                }
-        record = Record(part, tuple(units), files, dict(info or {}))
-        atomic.write_json(self.path / "ledger" / f"{part}.json", asdict(record))
-        return record
+            replace: earlier parts that hold nothing but these units are dropped for this one.
 
-    def records(self) -> Iterator[Record]:
-        """Every commit, in file order."""
-        for path in sorted((self.path / "ledger").glob("[0-9a-f]*.json")):
-            body = json.loads(path.read_text(encoding="utf-8"))
-            yield Record(body["part"], tuple(body["units"]), body["files"], body["info"])
+        Raises:
+            AlreadyCommitted: a unit is in a part that is not replaced; nothing is left of this commit.
+        """
+        part = short_id("part", *sorted(units), secrets.token_hex(8))
+        files = {}
+        try:
+            for name, table in tables.items():
+                if table.num_rows:
+                    relative = f"{name}/part-{part}.parquet"
+                    atomic.write_parquet(self.path / relative, table)
+                    files[relative] = {
+                        "rows": table.num_rows,
+                        "sha256": atomic.sha256(self.path / relative),
+                    }
+            with self.ledger_lock:
+                self.ledger.refresh()
+                mine, drops = set(units), []
+                if replace and mine:
+                    holders = {self.ledger.owner[unit] for unit in mine if unit in self.ledger.owner}
+                    drops = sorted(p for p in holders if mine.issuperset(self.ledger.parts[p].units))
+                return self.append(Record(part, tuple(units), files, dict(info or {}), tuple(drops)))
+        except (AlreadyCommitted, OSError):
+            for relative in files:
+                (self.path / relative).unlink(missing_ok=True)
+            raise
+
+    def append(self, record: Record) -> Record:
+        """Commits a record whose files are there, then removes those of the parts that it drops.
+
+        Raises:
+            AlreadyCommitted: a unit is in a part that is not dropped.
+        """
+        with self.ledger_lock:
+            dropped = [self.ledger.parts[part] for part in record.drops if part in self.ledger.parts]
+            made = self.ledger.append(record)
+        for old in dropped:
+            for relative in old.files:
+                (self.path / relative).unlink(missing_ok=True)
+        return made
+
+    def records(self) -> list[Record]:
+        """Every commit that counts, in the order in which they were made; each unit is in one of them."""
+        with self.ledger_lock:
+            self.ledger.refresh()
+            return list(self.ledger.parts.values())
 
     def committed_units(self) -> set[str]:
-        return {unit for record in self.records() for unit in record.units}
+        with self.ledger_lock:
+            self.ledger.refresh()
+            return set(self.ledger.owner)
 
     def remove_leftovers(self) -> list[Path]:
-        """Deletes what an interrupted commit left: temporary files and parts that no record names."""
+        """Deletes what interrupted commits left: temporary files and parts that no record names.
+
+        Only when nobody works on this run, or once every unit is committed: then who still writes a part
+        cannot commit it.
+        """
         named = {self.path / file for record in self.records() for file in record.files}
         parts = [p for p in self.path.glob("**/part-*.parquet") if self._is_table_part(p) and p not in named]
         gone = parts + list(self.path.glob(f"**/{atomic.TEMPORARY_PREFIX}*"))
@@ -228,23 +265,28 @@ class RunDir:
 
     # -- metrics ---------------------------------------------------------------------------------
 
-    def add_metrics(self, values: Mapping[str, Any]) -> None:
-        """Appends one line to ``metrics/run.jsonl``."""
-        path = self.path / "metrics" / "run.jsonl"
+    def add_metrics(self, values: Mapping[str, Any], worker: str = "run") -> None:
+        """Appends one line to ``metrics/<worker>.jsonl``."""
+        if not WORKER_NAME.fullmatch(worker):
+            raise ValueError(f"{worker!r} is no name of a worker")
+        path = self.path / "metrics" / f"{worker}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), **values}) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics/run.jsonl``; a last line cut by a crash is left out."""
-        path = self.path / "metrics" / "run.jsonl"
-        found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return found
+        """All lines, those of one worker together; a last line cut by a crash is left out."""
+        workers = []
+        for path in sorted((self.path / "metrics").glob("*.jsonl")):
+            lines = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append({"worker": path.stem, **json.loads(line)})
+                except (json.JSONDecodeError, TypeError):
+                    continue
+            workers.append(lines)
+        workers.sort(key=lambda lines: lines[0].get("time", 0.0) if lines else 0.0)
+        return [line for lines in workers for line in lines]
 
 
 def code_versions() -> dict[str, str]:
