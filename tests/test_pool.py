@@ -118,3 +118,10 @@ def test_each_child_has_arguments_of_its_own(tmp_path):
     pool = Pool(pool_work.named, [("a",), ("b",)], n=2)
     found = {event.value for event in pool.run([1] * 8) if event.kind == "item"}
     assert found == {"a", "b"}
+
+
+def test_tasks_may_come_later_and_the_consumer_hears_of_the_waiting(tmp_path):
+    given = iter([("fine", 1), None, None, None, ("empty", 0)])
+    events = list(Pool(pool_work.counting, (str(tmp_path),), n=1, idle_s=0.02).run(given))
+    assert [e.task[0] for e in events if e.kind == "done"] == ["fine", "empty"]
+    assert any(e.kind == "idle" and e.task is None for e in events)

@@ -32,12 +32,14 @@ READY = "ready"
 class Event:
     """What became of a task. ``item`` comes any number of times, then one of the others.
 
+    ``idle`` is about none: nothing came for ``Pool.idle_s``.
+
     Attributes:
         value: the item; the VideoError; for a crash or a hang the words for it.
         again: after a crash or a hang: it is tried once more, from its start.
     """
 
-    kind: Literal["item", "done", "error", "crashed", "timeout"]
+    kind: Literal["item", "done", "error", "crashed", "timeout", "idle"]
     task: Any
     value: Any = None
     attempt: int = 1
@@ -60,6 +62,7 @@ class Pool:
         backlog: items that may wait for the consumer before the children have to.
         width: tasks that a child works on at once, each in a thread of its own. When such a child crashes,
             nobody knows whose fault it was: each of its tasks is tried again alone.
+        idle_s: the consumer hears from the pool at least so often; None: only when there is something.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Pool:
         attempts: int = 2,
         backlog: int = 16,
         width: int = 1,
+        idle_s: float | None = None,
     ) -> None:
+        self.idle_s = idle_s
         self._spawn = multiprocessing.get_context("spawn")
         self._factory, self._width = factory, max(1, width)
         self._args = args if isinstance(args, list) else [args] * max(1, n)
@@ -87,13 +92,22 @@ class Pool:
     def run(self, tasks: Iterable[Any]) -> Generator[Event, None, None]:
         """Yields the events of all tasks, those of different tasks interleaved.
 
+        ``tasks`` is asked for one whenever a child has room; None from it means that there is none now.
+
         Closing the iterator, or an exception in its consumer, ends the children at once.
         """
         todo = _Todo(iter(tasks))
         thread = threading.Thread(target=self._drive, args=(todo,), daemon=True)
         thread.start()
         try:
-            while (event := self._events.get()) is not None:
+            while True:
+                try:
+                    event = self._events.get(timeout=self.idle_s)
+                except queue.Empty:
+                    yield Event("idle", None)
+                    continue
+                if event is None:
+                    break
                 if isinstance(event, BaseException):
                     raise event
                 yield event
@@ -117,6 +131,7 @@ class Pool:
                 if not busy:
                     if todo.exhausted:
                         break
+                    self._stop.wait(0.05)  # there may be a task later
                     continue
                 for ready in wait([child.connection for child in busy], timeout=0.2):
                     child = next(c for c in busy if c.connection is ready)
@@ -246,7 +261,8 @@ class _Todo:
 
     def _peek(self) -> None:
         for task in self._tasks:
-            self._peeked.append(_Task(task))
+            if task is not None:
+                self._peeked.append(_Task(task))
             return
         self._ended = True
 
