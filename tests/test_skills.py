@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ def make_run(
     n_parts: int = 3,
     n_dropped: int = 2,
     n_kept: int | None = None,
+    settings: Mapping[str, Any] = {"device": "cpu"},  # read only
+    fingerprint: Mapping[str, Any] = {"weights": "test"},
 ) -> RunDir:
     """A run directory with clips ``ids(n)`` kept, some dropped, committed in several parts."""
     n = n_kept if n_kept is not None else max((len(x) for x in embeddings.values()), default=0)
-    run = RunDir.create_or_resume(path, config.build({"device": "cpu"}), {"weights": "test"})
+    run = RunDir.create_or_resume(path, config.build(settings), fingerprint)
     names = [*ids(n), *(short_id("dropped", i) for i in range(n_dropped))]
     order = list(range(n)) if order is None else list(order)
     for part, chunk in enumerate(np.array_split(np.array([*order, *range(n, n + n_dropped)], int), n_parts)):
