@@ -23,17 +23,18 @@ import av
 import numpy as np
 import pytest
 import torch
+from ego2robot_kernels.camera import small_greys
 from ego2robot_kernels.motion import grey_small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ego2robot.decode import cuvid, hardware, policy, probe, surfaces
+from ego2robot.decode import cuvid, hardware, policy, probe, read_clips, surfaces
 from ego2robot.decode.base import Backend, FrameBatch
 from ego2robot.decode.bitstream import StartCodes, headers, vp9_shown
 from ego2robot.decode.policy import backends
 from ego2robot.decode.surfaces import Decoded, Planes
 from ego2robot.errors import UserError, VideoError
-from ego2robot.types import Blob, FrameSpec, VideoInfo
+from ego2robot.types import Blob, Clip, ClipFrames, FrameSpec, VideoInfo
 from tests.footage import frame_number, remux, rotate, write_flat, write_video
 
 SPEC = FrameSpec(180, 320)
@@ -679,6 +680,39 @@ def test_the_cpu_takes_over_in_the_middle(
     assert not corrupt.any()
     assert len(caplog.messages) == (error is not None)
     assert not any("\n" in message for message in caplog.messages)
+
+
+def test_past_the_damage_the_decoder_goes_on(long: dict[str, Path], tmp_path: Path) -> None:
+    policy.OrCPU._failures.clear()
+    path = damaged(long["mp4"], tmp_path / "a.mp4", 75, 78)
+    honest = Failing(99, None)
+    due = np.arange(340) / 30 + 0.002
+    frames, times, corrupt = read(of_cpu(policy.OrCPU(honest, PYAV)), path, due, SMALL)
+    expected, expected_times, expected_corrupt = read(of(PYAV), path, due, SMALL)
+    assert expected_corrupt.any()
+    assert np.array_equal(corrupt, expected_corrupt)
+    assert np.array_equal(times, expected_times)
+    assert np.array_equal(frames, expected)
+    assert honest.reads == 2
+
+
+def test_clips_across_the_change_have_all_their_greys(long: dict[str, Path]) -> None:
+    class Halfway(Failing):
+        def read(self, name: str, *args: Any) -> Iterator[FrameBatch]:
+            for k, batch in enumerate(software()(*args[:4])):
+                if k == 1:
+                    raise VideoError(name, "no", "", "unsupported")
+                yield batch
+
+    policy.OrCPU._failures.clear()
+    info = probe("a", blob_of(long["mp4"]))
+    clips = [Clip(f"{k:016x}", "v", 12 * k, 12, 6.0) for k in range(4)]
+    both = policy.OrCPU(Halfway(0, None), PYAV)
+    found = list(read_clips("a", blob_of(long["mp4"]), info, clips, FrameSpec(), both, "cpu"))
+    for frames in found:
+        assert isinstance(frames, ClipFrames)
+        assert frames.greys_Thw is not None
+        assert torch.equal(frames.greys_Thw.long(), small_greys(frames.frames_THWC).long())
 
 
 def test_a_stream_that_ends_early_ends_early(long: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from ego2robot_kernels.camera import small_greys
 
 from ego2robot.decode.base import Backend, FrameBatch
 from ego2robot.decode.cuvid import CUVID
@@ -25,6 +26,8 @@ from ego2robot.types import Blob, FrameSpec, VideoInfo
 # Setting up a decoder on the GPU costs about as much as decoding so much video on a core.
 WORTH_A_GPU_S = 2.0
 MAX_FAILURES = 3  # videos in a row, before a decoder is not asked any more
+# Around damage the CPU decodes at least so many frames; after so many such places, all that is left.
+MIN_ON_CPU, MAX_TURNS = 64, 8
 log = logging.getLogger(__name__)
 
 
@@ -102,9 +105,9 @@ def describe() -> list[tuple[str, str | None, str]]:
 class OrCPU:
     """A decoder on a GPU that the CPU takes over from, in the middle of a video if need be.
 
-    It does where the decoder gives up, where it reports damage, which the CPU judges, and where the
-    stream ends early. So what is damaged, and what is decoded at all, is the same with a GPU and without.
-    A decoder that fails time after time is not asked again; the reason is logged once, on one line.
+    It does where the decoder gives up, where it reports damage, which the CPU judges until it is over, and
+    where the stream ends early. So what is damaged, and what is decoded at all, is the same with a GPU and
+    without. A decoder that fails time after time is not asked again; why is logged once, on one line.
     """
 
     _failures: ClassVar[dict[str, int]] = {}  # videos in a row that a decoder gave up, by its name
@@ -133,26 +136,45 @@ class OrCPU:
         device: str,
         fast: bool = False,
     ) -> Iterator[FrameBatch]:
-        given = 0
-        if self._failures.get(self.name, 0) < MAX_FAILURES:
-            try:
-                for batch in self._backend.read(name, blob, info, times_s, spec, device, fast):
-                    if batch.corrupt.any():
-                        break
-                    given = batch.first + len(batch.times_s)
-                    yield batch
-                self._failures[self.name] = 0
-            except torch.OutOfMemoryError:
-                raise  # not the decoder's fault, and the CPU's frames would not fit either
-            except VideoError as error:
-                self._failed(name, error.cause)
-            except (RuntimeError, OSError) as error:
-                self._failed(name, (str(error).strip() or type(error).__name__).splitlines()[0])
-        if given == len(times_s):
-            return
-        for batch in self._cpu.read(name, blob, info, times_s[given:], spec, "cpu", fast):
-            frames_THWC = batch.frames_THWC.to(device)
-            yield dataclasses.replace(batch, first=given + batch.first, frames_THWC=frames_THWC)
+        given, with_greys = 0, False
+        turns = 0 if self._failures.get(self.name, 0) < MAX_FAILURES else MAX_TURNS
+        while given < len(times_s):
+            base = given
+            if turns < MAX_TURNS:
+                turns += 1
+                try:
+                    for batch in self._backend.read(name, blob, info, times_s[base:], spec, device, fast):
+                        if batch.corrupt.any():
+                            break
+                        given = base + batch.first + len(batch.times_s)
+                        with_greys = batch.greys_Thw is not None
+                        yield dataclasses.replace(batch, first=base + batch.first)
+                    else:
+                        turns = MAX_TURNS  # it has seen the end
+                    self._failures[self.name] = 0
+                except torch.OutOfMemoryError:
+                    raise  # not the decoder's fault, and the CPU's frames would not fit either
+                except VideoError as error:
+                    turns = MAX_TURNS
+                    self._failed(name, error.cause)
+                except (RuntimeError, OSError) as error:
+                    turns = MAX_TURNS
+                    self._failed(name, (str(error).strip() or type(error).__name__).splitlines()[0])
+            base = given
+            if base == len(times_s):
+                return
+            for batch in self._cpu.read(name, blob, info, times_s[base:], spec, "cpu", fast):
+                given = base + batch.first + len(batch.times_s)
+                frames_THWC = batch.frames_THWC.to(device)
+                # All frames of a video have their greys, or none.
+                greys_Thw = small_greys(frames_THWC) if with_greys else None
+                yield dataclasses.replace(
+                    batch, first=base + batch.first, frames_THWC=frames_THWC, greys_Thw=greys_Thw
+                )
+                if turns < MAX_TURNS and given - base >= MIN_ON_CPU and not batch.corrupt.any():
+                    break  # past the damage
+            else:
+                return
 
     def _failed(self, name: str, cause: str) -> None:
         self._failures[self.name] = failures = self._failures.get(self.name, 0) + 1
