@@ -155,10 +155,8 @@ def histogram(
         at = x(threshold)
         side = "end" if at > LEFT + width * 0.7 else "start"
         parts.append(el("line", x1=at, x2=at, y1=TOP - 24, y2=floor, class_="threshold"))
-        parts.append(
-            el("text", f"{'≤' if upper else '≥'} {threshold:.4g} kept", x=at + (-6 if side == "end" else 6), y=TOP - 14,
-               class_=f"{side} strong")
-        )  # fmt: skip
+        text, beside = f"{'≤' if upper else '≥'} {threshold:.4g} kept", -6 if side == "end" else 6
+        parts.append(el("text", text, x=at + beside, y=TOP - 14, class_=f"{side} strong"))
     return _svg(*parts, label=label)
 
 
