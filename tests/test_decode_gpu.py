@@ -778,6 +778,8 @@ def test_short_spans_and_what_the_engines_refuse_go_to_the_cpu(monkeypatch: pyte
         assert backend.name != "nvdec"
         assert reason is not None
         assert reason.startswith("nvdec: ")
+    monkeypatch.setattr(backends()["torchcodec"], "devices", ("cpu", "cuda"))  # as where there is a GPU
+    assert policy.pick(replace(INFO, pix_fmt="yuv422p"), "auto", "cuda")[0] is PYAV
     monkeypatch.setattr(hardware, "caps", lambda *_: None)
     assert "8-bit h264" in str(policy.pick(INFO, "nvdec", "cuda")[1])
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from ego2robot_kernels.camera import small_greys
 
+from ego2robot.decode import hardware
 from ego2robot.decode.base import Backend, FrameBatch
 from ego2robot.decode.cuvid import CUVID
 from ego2robot.decode.dali import DALI
@@ -68,7 +69,7 @@ def pick(
             raise UserError(f"decode.backend={wanted}: {missing}, or use decode.backend=auto")
         if not _serves(known[wanted], where):
             raise UserError(f"decode.backend={wanted} decodes on a GPU: add device=cuda, or use pyav")
-        refusal = known[wanted].refuses(info)
+        refusal = _refusal(known[wanted], info, where)
         if refusal is None:
             return _backed(known[wanted], where), None
         reason = f"{wanted}: {refusal}"
@@ -78,7 +79,7 @@ def pick(
     for backend in sorted(known.values(), key=lambda b: where not in b.devices):
         if backend.name == wanted or not _serves(backend, where) or backend.missing():
             continue
-        refusal = backend.refuses(info)
+        refusal = _refusal(backend, info, where)
         if refusal is None:
             return _backed(backend, where), reason
         refusals.append(f"{backend.name}: {refusal}")
@@ -87,6 +88,12 @@ def pick(
 
 def _serves(backend: Backend, where: str) -> bool:
     return where in backend.devices or "cpu" in backend.devices
+
+
+def _refusal(backend: Backend, info: VideoInfo, where: str) -> str | None:
+    """Why a decoder does not take a video there; some of them only know what they take on a CPU."""
+    on_gpu = where != "cpu" and where in backend.devices
+    return backend.refuses(info) or (hardware.refuses(info) if on_gpu else None)
 
 
 def _backed(backend: Backend, where: str) -> Backend:
