@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from ego2robot.errors import UserError
-from ego2robot.skills import Shard, assignment, cluster, cluster_shard, duplicates, vectors
+from ego2robot.skills import Shard, assignment, cluster, cluster_shard, duplicates, projection, vectors
 from ego2robot.skills.assignment import Fit, Work, assign_rows
+from ego2robot.skills.kmeans import kmeans, nearest_by
 from ego2robot.skills.vectors import Vectors, hashed, sample
 from ego2robot.store.rundir import RunDir
 from tests.test_skills import blobs, check_consistent, frame, ids, make_run, skills
@@ -432,3 +434,75 @@ def test_the_table_is_written_in_ranges_of_ids(
     assert pq.ParquetFile(run.path / "skills" / "assignment.parquet").num_row_groups == 9
     pd.testing.assert_frame_equal(frame(run, "assignment"), whole)
     assert body["inertia"] == pytest.approx(expected["inertia"], rel=1e-12)
+
+
+# -- where there is a GPU --------------------------------------------------------------------------
+
+
+class FakeManifold:
+    """cuML on a machine whose driver is too old: imports, and fails when it is used."""
+
+    def __init__(self, **settings: Any) -> None:
+        assert settings["output_type"] == "numpy"
+
+    def fit_transform(self, x: np.ndarray) -> np.ndarray:
+        raise RuntimeError("CUDA error: no device\nat line 3")
+
+
+def test_cuml_that_fails_when_used_costs_a_warning_not_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = types.ModuleType("cuml.manifold")
+    fake.TSNE = fake.UMAP = FakeManifold  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuml", types.ModuleType("cuml"))
+    monkeypatch.setitem(sys.modules, "cuml.manifold", fake)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = projection.project(noisy(30), ("tsne",), 0, device="cuda")
+    assert np.isfinite(found.points["tsne"]).all()
+    assert found.warnings == ["cuML's t-SNE failed (CUDA error: no device); the CPU's was used"]
+    here = projection.project(noisy(30), ("tsne",), 0, device="cpu")  # there it is not even asked
+    assert here.warnings == []
+    np.testing.assert_array_equal(here.points["tsne"], found.points["tsne"])
+
+
+def test_faiss_without_a_gpu_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"(without GPUs|sees no GPU); pip install faiss-gpu"):
+        nearest_by("faiss", 10, "cuda")
+    assert nearest_by("auto", 1000, "cuda")[0] == "torch"
+    with pytest.raises(UserError, match="has no metric=cosine"):
+        nearest_by("cuml", 10, "cuda", "cosine")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_a_gpu_gives_the_clusters_and_groups_of_the_cpu(
+    tmp_path: Path, small_units: None, metric: str
+) -> None:
+    x = noisy()
+    settings = skills(k=9, restarts=10, metric=metric, duplicate_cosine=0.999)
+    bodies, found = [], []
+    for device in ("cpu", "cuda"):
+        run = make_run(tmp_path / device, {"clip": x}, n_parts=9, settings={"device": device})
+        bodies.append(cluster(run, settings, seed=3))
+        found.append(frame(run, "assignment"))
+    assert bodies[1]["inertia"] == pytest.approx(bodies[0]["inertia"], rel=5e-3)
+    assert adjusted_rand_score(found[0]["skill"], found[1]["skill"]) > 0.98
+    group = [
+        duplicates.groups(lambda a, b: x[a:b], len(x), 0.9, device, tmp_path, 100)[0]
+        for device in ("cpu", "cuda")
+    ]
+        duplicates.groups(lambda a, b: x[a:b], len(x), 0.9, d, tmp_path, 100)[0] for d in ("cpu", "cuda")
+    ]
+    np.testing.assert_array_equal(*group)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_faiss_on_a_gpu_agrees_with_torch(tmp_path: Path) -> None:
+    x = noisy(3000)
+    try:
+        by_faiss = kmeans(x, 20, 1, 2, backend="faiss", device="cuda")
+    except UserError as error:
+        pytest.skip(str(error))
+    by_torch = kmeans(x, 20, 1, 2, backend="torch", device="cuda")
+    assert by_faiss.backend == "faiss"
+    assert by_faiss.inertia == pytest.approx(by_torch.inertia, rel=5e-3)

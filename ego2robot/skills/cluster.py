@@ -292,8 +292,8 @@ def _work(run: RunDir, config: configuration.Skills, seed: int, vectors: Vectors
     return_large_blocks()
     keys = sorted(type(config).__annotations__.keys() - {"projections"})  # they only paint the picture
     settings = [(key, getattr(config, key)) for key in keys]
-    device = _device(run.config.device)
-    key = short_id("clustering", vectors.identity, seed, device, json.dumps(settings))
+    device = _device(run.config.device)  # no part of the key: a node without a GPU may end what others began
+    key = short_id("clustering", vectors.identity, seed, json.dumps(settings))
     return Work(run.path / "skills" / f"work-{key}", vectors, config.duplicate_cosine is not None, device)
 
 

@@ -14,6 +14,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -70,15 +71,20 @@ class Stored:
 
 def read_slice(path: Path, first: int, n: int) -> np.ndarray:
     """Rows of an ``.npy`` file. Read rather than mapped: mapped pages would count as resident."""
+    shape, dtype, start = _header(path)
+    width = int(np.prod(shape[1:], dtype=np.int64))
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        width = int(np.prod(shape[1:], dtype=np.int64))
-        file.seek(first * width * dtype.itemsize, 1)
+        file.seek(start + first * width * dtype.itemsize)
         return np.fromfile(file, dtype, n * width).reshape(n, *shape[1:])
+
+
+@lru_cache(4096)  # a file is looked at once for each cluster
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    with path.open("rb") as file:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        return shape, dtype, file.tell()
 
 
 class Duplicates:

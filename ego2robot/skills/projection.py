@@ -63,7 +63,7 @@ def project(
             plane = reduced[:, :2]
         else:
             try:
-                plane = (_tsne if method == "tsne" else _umap)(reduced, seed, use_cuml)
+                plane = _plane(method, reduced, seed, use_cuml, warnings)
             except ImportError as error:
                 warnings.append(f"no {TITLES[method]}: {error}; pip install umap-learn")
                 continue
@@ -87,30 +87,43 @@ def pca(x_ND: np.ndarray, dims: int) -> np.ndarray:
     return np.pad(reduced_NP, ((0, 0), (0, max(0, 2 - reduced_NP.shape[1])))).astype(np.float32)
 
 
-def _tsne(x_ND: np.ndarray, seed: int, use_cuml: bool) -> np.ndarray:
-    perplexity = min(30, len(x_ND) - 1)
+def _plane(method: str, x_ND: np.ndarray, seed: int, use_cuml: bool, warnings: list[str]) -> np.ndarray:
+    """float32 [N, 2] by cuML, where that is wanted and runs, else by the CPU's package."""
     if use_cuml:
         try:
-            from cuml.manifold import TSNE as GpuTSNE
+            return (_cuml_tsne if method == "tsne" else _cuml_umap)(x_ND, seed)
         except ImportError:
-            pass  # scikit-learn's gives the same kind of picture, more slowly
-        else:
-            return np.asarray(GpuTSNE(perplexity=perplexity, random_state=seed).fit_transform(x_ND))
+            pass  # the CPU's give the same kind of picture, more slowly
+        except RuntimeError as error:  # a driver that is too old, memory that is taken
+            cause = (str(error).strip().splitlines() or [repr(error)])[0][:200]
+            warnings.append(f"cuML's {TITLES[method]} failed ({cause}); the CPU's was used")
+    return (_tsne if method == "tsne" else _umap)(x_ND, seed)
+
+
+def _cuml_tsne(x_ND: np.ndarray, seed: int) -> np.ndarray:
+    from cuml.manifold import TSNE
+
+    model = TSNE(perplexity=min(30, len(x_ND) - 1), random_state=seed, output_type="numpy")
+    return np.asarray(model.fit_transform(x_ND), np.float32)
+
+
+def _cuml_umap(x_ND: np.ndarray, seed: int) -> np.ndarray:
+    from cuml.manifold import UMAP
+
+    model = UMAP(n_neighbors=min(15, len(x_ND) - 1), random_state=seed, output_type="numpy")
+    return np.asarray(model.fit_transform(x_ND), np.float32)
+
+
+def _tsne(x_ND: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.manifold import TSNE
 
+    perplexity = min(30, len(x_ND) - 1)
     return TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(x_ND)
 
 
-def _umap(x_ND: np.ndarray, seed: int, use_cuml: bool) -> np.ndarray:
-    neighbours = min(15, len(x_ND) - 1)
-    if use_cuml:
-        try:
-            from cuml.manifold import UMAP as GpuUMAP
-        except ImportError:
-            pass  # umap-learn's is the original
-        else:
-            return np.asarray(GpuUMAP(n_neighbors=neighbours, random_state=seed).fit_transform(x_ND))
+def _umap(x_ND: np.ndarray, seed: int) -> np.ndarray:
     from umap import UMAP
 
     # One thread: with a seed umap-learn cannot use more, and says so when it is not told.
-    return UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(x_ND)
+    model = UMAP(n_neighbors=min(15, len(x_ND) - 1), random_state=seed, n_jobs=1)
+    return model.fit_transform(x_ND)
