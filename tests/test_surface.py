@@ -209,6 +209,13 @@ def test_taps_add_up_and_stay_inside(n: int, target: int, at: float, bits: int) 
         ({"matrix": "srgb"}, "matrix"),
         ({"siting": "right"}, "siting"),
         ({"content": (0, 0, 49, 64)}, "content"),
+        (
+            {
+                "luma": torch.zeros(1, 2, 70000, dtype=torch.uint8),
+                "chroma": torch.zeros(1, 1, 35000, 2, dtype=torch.uint8),
+            },
+            "too large",
+        ),
         ({"crop": (0, 1, 4, 4)}, "crop"),
         ({"crop": (0, 0, 9, 8)}, "crop"),
         ({"out": torch.zeros(1, 48, 63, 3, dtype=torch.uint8)}, "out is uint8"),
@@ -254,9 +261,9 @@ def converted_by_kernel(luma: Any, chroma: Any, **arguments: Any) -> tuple[torch
 
 @st.composite
 def calls(draw: Any) -> tuple[Any, Any, dict[str, Any]]:
-    n = draw(st.sampled_from([1, 1, 2, 3, 5]))
+    n = draw(st.integers(1, 3))
     deep, odd = draw(st.booleans()), draw(st.booleans())
-    high, wide = draw(st.integers(1, 24)), draw(st.integers(1, 40))
+    high, wide = draw(st.integers(1, 20)), draw(st.integers(1, 30))
     pitch = draw(st.integers(0, 5))
     luma = noise((n, high + 2, wide + 2 + pitch), deep, draw(st.integers(0, 9)))[:, :, : wide + 2]
     half = (-(-(high + 2) // 2), -(-(wide + 2) // 2))
@@ -278,7 +285,7 @@ def calls(draw: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 @on_device
 @given(call=calls())
-@settings(max_examples=6, deadline=None, derandomize=True, **UNSHRUNK)
+@settings(max_examples=5, deadline=None, derandomize=True, **UNSHRUNK)
 def test_kernel_equals_the_reference_on_device(call: tuple[Any, Any, dict[str, Any]]) -> None:
     luma, chroma, arguments = call
     expected = convert_surfaces(luma, chroma, **arguments)
@@ -320,8 +327,10 @@ def test_kernel_compiles_for_hopper(deep: bool, pairs: bool, turns: int) -> None
     pytest.importorskip("triton")
     from ego2robot_kernels.surface_triton import _surface_kernel
 
-    tables = ("luma_y", "luma_x", "chroma_y", "chroma_x", "colour_ptr", "grey_y", "grey_x")
-    pointers = {"surface_ptr": "*i64", "out_ptr": "*u8", "grey_ptr": "*u8", **dict.fromkeys(tables, "*i32")}
+    packs = ("surface_ptr", "luma_y", "luma_x", "chroma_y", "chroma_x")
+    tables = ("colour_ptr", "grey_y", "grey_x")
+    pointers = {"out_ptr": "*u8", "grey_ptr": "*u8"}
+    pointers |= {**dict.fromkeys(packs, "*i64"), **dict.fromkeys(tables, "*i32")}
     taps = {"LY": 3, "LX": 3, "CY": 2, "CX": 3}
     tile = {"ROWS": 8, "COLUMNS": 128, "GREY_ROWS": 2, "GREY_COLUMNS": 32}
     how = {"TURNS": turns, "PAIRS": pairs, "DEEP": deep}

@@ -170,6 +170,8 @@ def _geometry(
         first = luma[0]
         if (y.shape, y.dtype, y.device) != (first.shape, first.dtype, first.device):
             raise ValueError("surfaces differ in size, dtype or device")
+        if max(y.shape) >= 1 << 16 or max(abs(p.stride(0)) * p.shape[0] for p in (y, uv)) >= 1 << 31:
+            raise ValueError(f"a surface of {list(y.shape)} with rows {y.stride(0)} apart is too large")
         if (uv.dtype, uv.device) != (y.dtype, y.device):
             raise ValueError(f"chroma is {uv.dtype} on {uv.device}, luma {y.dtype} on {y.device}")
     surface = (luma[0].shape[0], luma[0].shape[1]) if len(luma) else (2, 2)

@@ -38,26 +38,36 @@ def _rounded(total, DEEP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _field(pack, i: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The ``i``-th of the 16-bit fields that follow each other, four to a pack."""
+    return ((pack >> (16 * (i % 4))) & 65535).to(tl.int32)
+
+
+@triton.jit
 def _area(  # type: ignore[no-untyped-def]
     base, stride, y, x, y_ptr, x_ptr, high, wide, inside, rows, columns, KY: tl.constexpr,
     KX: tl.constexpr, STEP: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """A weighted sum of KY x KX samples, every STEP-th of a row: 8.8 fixed point (int32)."""
-    first_y = tl.load(y_ptr + y, mask=rows, other=0)
-    first_x = tl.load(x_ptr + x, mask=columns, other=0)
+    y_pack = tl.load(y_ptr + y, mask=rows, other=0)
+    x_start = tl.load(x_ptr + x, mask=columns, other=0)
+    # Offsets inside a surface fit 32 bits, and those of taps the instruction that loads them.
+    row = base + (_field(y_pack, 0) * stride + _field(x_start, 0) * STEP)
     total = tl.zeros(inside.shape, tl.int32)
     for ky in tl.static_range(KY):
-        weight_y = tl.load(y_ptr + (1 + ky) * high + y, mask=rows, other=0)
-        # 64-bit offsets: a surface may lie anywhere in a pool of many.
-        row = base + (first_y + ky).to(tl.int64) * stride + first_x * STEP
+        if (ky + 1) % 4 == 0:
+            y_pack = tl.load(y_ptr + (ky + 1) // 4 * high + y, mask=rows, other=0)
         across = tl.zeros(inside.shape, tl.int32)
+        x_pack = x_start
         for kx in tl.static_range(KX):
-            weight_x = tl.load(x_ptr + (1 + kx) * wide + x, mask=columns, other=0)
+            if (kx + 1) % 4 == 0:
+                x_pack = tl.load(x_ptr + (kx + 1) // 4 * wide + x, mask=columns, other=0)
             sample = tl.load(row + kx * STEP, mask=inside, other=0).to(tl.int32)
             if DEEP:
                 sample = sample >> 6
-            across += sample * weight_x
-        total += across * weight_y
+            across += sample * _field(x_pack, kx + 1)
+        total += across * _field(y_pack, ky + 1)
+        row += stride
     return _rounded(total, DEEP)
 
 
@@ -67,17 +77,20 @@ def _pair_area(  # type: ignore[no-untyped-def]
     KX: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """:func:`_area` of two interleaved planes whose pairs of samples are read at once."""
-    first_y = tl.load(y_ptr + y, mask=rows, other=0)
-    first_x = tl.load(x_ptr + x, mask=columns, other=0)
+    y_pack = tl.load(y_ptr + y, mask=rows, other=0)
+    x_start = tl.load(x_ptr + x, mask=columns, other=0)
+    row = base + (_field(y_pack, 0) * stride + _field(x_start, 0))
     total_b = tl.zeros(inside.shape, tl.int32)
     total_r = tl.zeros(inside.shape, tl.int32)
     for ky in tl.static_range(KY):
-        weight_y = tl.load(y_ptr + (1 + ky) * high + y, mask=rows, other=0)
-        row = base + (first_y + ky).to(tl.int64) * stride + first_x
+        if (ky + 1) % 4 == 0:
+            y_pack = tl.load(y_ptr + (ky + 1) // 4 * high + y, mask=rows, other=0)
         across_b = tl.zeros(inside.shape, tl.int32)
         across_r = tl.zeros(inside.shape, tl.int32)
+        x_pack = x_start
         for kx in tl.static_range(KX):
-            weight_x = tl.load(x_ptr + (1 + kx) * wide + x, mask=columns, other=0)
+            if (kx + 1) % 4 == 0:
+                x_pack = tl.load(x_ptr + (kx + 1) // 4 * wide + x, mask=columns, other=0)
             pair = tl.load(row + kx, mask=inside, other=0).to(tl.int32)
             if DEEP:
                 blue = (pair >> 6) & 1023
@@ -85,10 +98,11 @@ def _pair_area(  # type: ignore[no-untyped-def]
             else:
                 blue = pair & 255
                 red = pair >> 8
-            across_b += blue * weight_x
-            across_r += red * weight_x
-        total_b += across_b * weight_y
-        total_r += across_r * weight_y
+            across_b += blue * _field(x_pack, kx + 1)
+            across_r += red * _field(x_pack, kx + 1)
+        total_b += across_b * _field(y_pack, ky + 1)
+        total_r += across_r * _field(y_pack, ky + 1)
+        row += stride
     return _rounded(total_b, DEEP), _rounded(total_r, DEEP)
 
 
@@ -160,7 +174,7 @@ def _small(level, weight_y, weight_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 @triton.jit
 def _surface_kernel(  # type: ignore[no-untyped-def]
     surface_ptr,  # int64 [4, B]: address and row stride (samples, or pairs) of luma, then of chroma
-    luma_y,  # int32 [1 + LY, height of the scaled picture]: area_taps, and so on
+    luma_y,  # int64 [.., height of the scaled picture]: area_taps, four fields in each, and so on
     luma_x,
     chroma_y,
     chroma_x,
@@ -200,13 +214,13 @@ def _surface_kernel(  # type: ignore[no-untyped-def]
     tile_x = tile % tiles_across
     luma = tl.load(surface_ptr + picture)
     luma = luma.to(tl.pointer_type(tl.uint16)) if DEEP else luma.to(tl.pointer_type(tl.uint8))
-    luma_stride = tl.load(surface_ptr + n + picture)
+    luma_stride = tl.load(surface_ptr + n + picture).to(tl.int32)
     chroma = tl.load(surface_ptr + 2 * n + picture)
     if PAIRS:
         chroma = chroma.to(tl.pointer_type(tl.uint32)) if DEEP else chroma.to(tl.pointer_type(tl.uint16))
     else:
         chroma = chroma.to(tl.pointer_type(tl.uint16)) if DEEP else chroma.to(tl.pointer_type(tl.uint8))
-    chroma_stride = tl.load(surface_ptr + 3 * n + picture)
+    chroma_stride = tl.load(surface_ptr + 3 * n + picture).to(tl.int32)
 
     y = tile_y * ROWS + tl.arange(0, ROWS)[:, None]
     x = tile_x * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -215,7 +229,7 @@ def _surface_kernel(  # type: ignore[no-untyped-def]
         top, left, height, width, LY, LX, CY, CX, TURNS, PAIRS, DEEP,
     )  # fmt: skip
     inside = (y < frame_height) & (x < frame_width)
-    pixel = out_ptr + picture.to(tl.int64) * out_stride + y.to(tl.int64) * out_row_stride + x * 3
+    pixel = out_ptr + picture.to(tl.int64) * out_stride + (y * out_row_stride + x * 3)
     tl.store(pixel, red.to(tl.uint8), mask=inside)
     tl.store(pixel + 1, green.to(tl.uint8), mask=inside)
     tl.store(pixel + 2, blue.to(tl.uint8), mask=inside)
@@ -246,18 +260,29 @@ def _surface_kernel(  # type: ignore[no-untyped-def]
     grey = (grey + _HALF) >> _GREY_BITS
     at_y = first_y + tl.arange(0, GREY_ROWS)[:, None]
     at_x = first_x + tl.arange(0, GREY_COLUMNS)[None, :]
-    grey_at = grey_ptr + (picture.to(tl.int64) * grey_height + at_y) * grey_width + at_x
+    grey_at = grey_ptr + picture.to(tl.int64) * grey_height * grey_width + (at_y * grey_width + at_x)
     tl.store(grey_at, grey.to(tl.uint8), mask=(at_y < end_y) & (at_x < end_x))
 
 
+def packed(table: np.ndarray) -> np.ndarray:
+    """:func:`surface.area_taps` with four of its fields, 16 bits each, in one number: a thread gets the first
+    sample and up to three weights with one load. int32 [1 + K, n] to int64 [ceil((1 + K) / 4), n]."""
+    fields = np.zeros((-(-len(table) // 4) * 4, table.shape[1]), np.uint16)
+    fields[: len(table)] = table
+    shifts = (16 * np.arange(4, dtype=np.uint64))[:, None]
+    return (fields.reshape(-1, 4, table.shape[1]).astype(np.uint64) << shifts).sum(1).view(np.int64)
+
+
 @lru_cache(maxsize=256)
-def _tables(geometry: Geometry, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The taps of luma and chroma, then OpenCV's for the grey levels."""
+def _tables(geometry: Geometry, device: torch.device) -> tuple[tuple[int, ...], tuple[torch.Tensor, ...]]:
+    """Numbers of taps of luma along y and x, then of chroma; their tables, then OpenCV's of the greys."""
+    areas = geometry.tables()
     rows, columns = (
         taps(source, target, across)
         for source, target, across in zip(geometry.frame, SIZE, (False, True), strict=True)
     )
-    return tuple(constant(table, device) for table in (*geometry.tables(), rows, columns))
+    tables = (*(packed(table) for table in areas), rows, columns)
+    return tuple(len(table) - 1 for table in areas), tuple(constant(table, device) for table in tables)
 
 
 @lru_cache(maxsize=64)
@@ -288,7 +313,8 @@ def convert(
     unit = 2 * size if pairs else size
     strides = [[stride // size for stride in rows[0][1]], [stride // unit for stride in rows[1][1]]]
     surfaces = upload([rows[0][0], strides[0], rows[1][0], strides[1]], device)
-    tables = [held(table) for table in _tables(geometry, device)]
+    counts, kept = _tables(geometry, device)
+    tables = [held(table) for table in kept]
     frame_height, frame_width = geometry.frame
     tiles_down, tiles_across = (triton.cdiv(a, b) for a, b in zip(geometry.frame, TILE, strict=True))
     grey_rows, grey_columns = (
@@ -311,7 +337,7 @@ def convert(
             *SIZE,
             tiles_across,
             tiles_down,
-            *(len(table) - 1 for table in tables[:4]),
+            *counts,
             TURNS=geometry.turns,
             PAIRS=pairs,
             DEEP=deep,
