@@ -21,6 +21,7 @@ from ego2robot import config, models
 from ego2robot.errors import UserError, VideoError
 from ego2robot.export.lerobot import ExportResult, export_lerobot
 from ego2robot.jobs import plan as planning
+from ego2robot.jobs import triage
 from ego2robot.jobs.embedding import Batches, PendingUnit, tables
 from ego2robot.jobs.lane import lane
 from ego2robot.jobs.pool import Event, Pool
@@ -83,7 +84,14 @@ def _run(
         tell(str(problem))
     planning.require_units(planned, cfg.source.path)
     gate = calibrate(run_dir, planned.units, show)
-    score_and_embed(run_dir, planned.units, gate, embedders, labels, show, tell)
+
+    def curate(units: Sequence[Unit]) -> None:
+        score_and_embed(run_dir, units, gate, embedders, labels, show, tell)
+
+    if cfg.decode.triage.enabled:
+        triage.curate(run_dir, planned.units, curate, cfg.workers or len(os.sched_getaffinity(0)), show, tell)
+    else:
+        curate(planned.units)
 
     warnings: list[str] = []
     show(Progress("clustering"))

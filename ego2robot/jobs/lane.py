@@ -112,8 +112,9 @@ class Lane:
         video, cfg = unit.video, self._work.cfg
         assert video.info is not None
         backend, _ = policy.pick(video.info, cfg.decode.backend, self._work.device)
+        device, fast = self._work.device, cfg.decode.mode == "fast"
         return decode.read_clips(
-            video.name, video.blob, video.info, unit.clips, self._spec, backend, self._work.device
+            video.name, video.blob, video.info, unit.clips, self._spec, backend, device, fast
         )
 
     def _submit(self, frames: ClipFrames, answers: queue.SimpleQueue[ScoredClip | BaseException]) -> None:

@@ -123,8 +123,9 @@ def scoring(work: Scoring) -> Callable[[Unit], Iterator[ScoredClip]]:
         assert video.info is not None
         backend, _ = policy.pick(video.info, cfg.decode.backend, work.device)
         watch = Stopwatch()
+        fast = cfg.decode.mode == "fast"
         for found in decode.read_clips(
-            video.name, video.blob, video.info, unit.clips, spec, backend, work.device
+            video.name, video.blob, video.info, unit.clips, spec, backend, work.device, fast
         ):
             watch.lap("decode")
             if isinstance(found, decode.ClipFailure):
