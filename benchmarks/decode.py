@@ -289,6 +289,7 @@ def _alone(path: Path, info: VideoInfo) -> dict[str, Counting]:
     ways: dict[str, Counting] = {}
     if policy.backends()["nvdec"].missing() is None:
         ways["libav"] = lambda stop: _alone_libav(path, info)
+        ways["driver"] = lambda stop: _alone_driver(path, info)
     if policy.backends()["pynvvideocodec"].missing() is None:
         ways["PyNvVideoCodec"] = lambda stop: _alone_pynvvideocodec(path)
     return ways
@@ -301,6 +302,18 @@ def _alone_libav(path: Path, info: VideoInfo) -> Iterator[int]:
         engine = PyAVEngine(info.codec, stream.codec_context.extradata, 0)
         for packet in container.demux(stream):
             yield len(engine.decode(packet) if packet.size else engine.drain())
+
+
+def _alone_driver(path: Path, info: VideoInfo) -> Iterator[int]:
+    """Not even mapped: the engines and nothing else."""
+    from ego2robot.decode.cuvid import DriverEngine
+
+    with open_stream(path.name, _blob(path)) as (container, stream):
+        engine = DriverEngine(info.codec, 0)
+        engine.follow(stream)
+        for packet in container.demux(stream):
+            yield len(engine.decode(packet) if packet.size else engine.drain())
+        engine.close()
 
 
 def _alone_pynvvideocodec(path: Path) -> Iterator[int]:

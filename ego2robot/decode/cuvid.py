@@ -8,6 +8,7 @@ the driver's video libraries; libav reads the packets.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -353,6 +354,11 @@ class DriverEngine:
         if self._decoder:
             self._nvcuvid.cuvidDestroyDecoder(self._decoder)
         self._parser, self._decoder = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def __del__(self) -> None:
+        # An idle one goes with its thread. At the end of the process, the driver cleans up itself.
+        if getattr(self, "_parser", None) and not sys.is_finalizing():
+            self.close()
 
     def _begin(self) -> None:
         """What was handed out before is over."""

@@ -18,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 from ego2robot.decode import hardware
 from ego2robot.decode.base import FrameBatch
@@ -101,7 +102,7 @@ class DALI:
             for at in range(0, len(indices), group):
                 wanted = indices[at : at + group].astype(np.int32)
                 (outputs,) = pipeline.run(encoded=[encoded], frames=[wanted])
-                rgb_THWC = torch.as_tensor(outputs[0], device=torch.device(device))
+                rgb_THWC = torch.utils.dlpack.from_dlpack(outputs[0])
                 for k, rgb_HWC in zip(wanted, rgb_THWC, strict=True):
                     if full := scaled.add(rgb_HWC, float(shown[k]) - info.start_s, False):
                         yield full
