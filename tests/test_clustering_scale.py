@@ -491,8 +491,6 @@ def test_a_gpu_gives_the_clusters_and_groups_of_the_cpu(
         duplicates.groups(lambda a, b: x[a:b], len(x), 0.9, device, tmp_path, 100)[0]
         for device in ("cpu", "cuda")
     ]
-        duplicates.groups(lambda a, b: x[a:b], len(x), 0.9, d, tmp_path, 100)[0] for d in ("cpu", "cuda")
-    ]
     np.testing.assert_array_equal(*group)
 
 

@@ -18,7 +18,6 @@ from ego2robot.skills.kmeans import (
     kmeans,
     lloyd,
     nearest_by,
-    nearest_exactly,
     plus_plus,
 )
 
@@ -231,6 +230,20 @@ def test_start_is_different_rows_and_finds_small_far_groups() -> None:
         assert len(found) == 10
     start = plus_plus(Rows(torch.from_numpy(x)), 300, np.random.default_rng(0)).numpy()
     assert len(np.unique(start, axis=0)) == 300
+
+
+def test_iterations_on_growing_parts_end_near_those_on_all_rows(backend: BackendName) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 24))[rng.integers(40, size=12000)] + rng.normal(size=(12000, 24))
+    x = x.astype(np.float32)
+    whole = kmeans(x, 40, seed=1, restarts=1, max_iter=25, backend=backend)
+    nested = kmeans(x, 40, seed=1, restarts=1, max_iter=25, backend=backend, nested=True)
+    check(x, nested, 40)
+    assert nested.iterations <= 25
+    assert nested.inertia <= 1.02 * whole.inertia
+    few = kmeans(x[:200], 40, seed=1, restarts=1, backend=backend, nested=True)  # no part is large enough
+    check(x[:200], few, 40)
+    assert few.inertia == kmeans(x[:200], 40, seed=1, restarts=1, backend=backend).inertia
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])

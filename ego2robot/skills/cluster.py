@@ -51,7 +51,7 @@ STABILITY_RUNS = 5
 N_EXAMPLES = 6
 MERGE_ROWS = 1 << 20  # of the final table, sorted at a time
 # Beyond so many row-centroid pairs an iteration takes seconds, and starts hardly differ any more:
-# one start and few iterations, as faiss does.
+# one start and few iterations, most of them on a part of the sample.
 LARGE, LARGE_ITERATIONS = 1 << 22, 25
 
 Progress = Callable[[str], None]  # told what begins
@@ -325,6 +325,7 @@ def _fit(
             backend=config.backend,
             device=work.device,
             metric=config.metric,
+            nested=large,
         )
         centroids.append(result.centroids_KD)
         backends.append(result.backend)

@@ -32,6 +32,8 @@ CHUNK_VALUES = 1 << 22  # float32 values of the largest array of one chunk: 16 M
 GPU_CHUNKS = 32  # a chunk on a GPU is so many times larger: launches cost more there than memory
 WIDE_BYTES = 256 << 20  # rows that take no more than this as float32 are widened once, not every iteration
 START_BYTES = 64 << 20  # the start is drawn among so many rows as take no more as float32, or 32 a centroid
+NESTED = ((1 / 4, 0.6), (1, 0.4))  # parts of the rows and of the iterations
+NESTED_ROWS = 64  # a centroid, at least, in a part: among fewer it follows single rows
 # A product of float32 matrices leaves noise of about this share of the norms in a squared distance.
 NOISE = 2.0**-17
 
@@ -122,6 +124,7 @@ def kmeans(
     backend: BackendName = "auto",
     device: str = "cpu",
     metric: Metric = "euclidean",
+    nested: bool = False,
 ) -> KMeansResult:
     """The best of ``restarts`` k-means runs by inertia.
 
@@ -139,6 +142,8 @@ def kmeans(
             and ``k`` ≥ 100, else torch.
         device: ``cpu`` or ``cuda``.
         metric: ``cosine`` is spherical k-means (Dhillon and Modha 2001): rows and centroids have length 1.
+        nested: most of the ``max_iter`` iterations look at a quarter of the rows (``NESTED``), where that is
+            64 a centroid: half the time for nearly the same inertia.
 
     Raises:
         ValueError: no rows, values that are not finite or beyond 1e15, or ``k`` or ``restarts`` < 1.
@@ -154,12 +159,14 @@ def kmeans(
     best: tuple[float, torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None
     for restart in range(restarts):
         centroids_KD = plus_plus(rows, k, np.random.default_rng([seed, restart]))
-        if name == "cuml":
-            centroids_KD, iterations = _cuml_lloyd(rows, centroids_KD, max_iter, tol)
-        else:
-            centroids_KD, iterations = lloyd(
-                rows, centroids_KD, nearest, max_iter, min_shift, metric == "cosine"
-            )
+        iterations = 0
+        for part, share in _nested(rows, k, seed) if nested else [(rows, 1.0)]:
+            most = max(1, round(share * max_iter))
+            if name == "cuml":
+                centroids_KD, done = _cuml_lloyd(part, centroids_KD, most, tol)
+            else:
+                centroids_KD, done = lloyd(part, centroids_KD, nearest, most, min_shift, metric == "cosine")
+            iterations += done
         centroids_KD, assignment, squared = _settle(rows, centroids_KD, nearest)
         inertia = float(squared.sum(dtype=torch.float64))
         if best is None or inertia < best[0]:
@@ -201,6 +208,24 @@ def prepare(x_ND: torch.Tensor, metric: Metric, device: str) -> tuple[Rows, torc
         variance -= float(mean_D.square().mean())
         mean_D = torch.zeros_like(mean_D)
     return rows, mean_D.cpu(), max(0.0, variance)
+
+
+def _nested(rows: Rows, k: int, seed: int) -> Iterator[tuple[Rows, float]]:
+    """Ever more of the rows, each part within the next, and the share of the iterations for it. What a part
+    of too few rows leaves out, the next does."""
+    order = np.random.default_rng([seed, 1 << 32]).permutation(len(rows))
+    owed = 0.0
+    for part, share in NESTED:
+        n = int(part * len(rows))
+        owed += share
+        if n < NESTED_ROWS * k and part < 1:
+            continue
+        if part == 1:
+            yield rows, owed
+        else:
+            chosen = torch.from_numpy(np.sort(order[:n])).to(rows.data_ND.device)
+            yield Rows(rows.data_ND[chosen], rows.device, rows.shift_D, rows.unit), owed
+        owed = 0.0
 
 
 def plus_plus(rows: Rows, k: int, rng: np.random.Generator) -> torch.Tensor:
