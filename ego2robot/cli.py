@@ -66,6 +66,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="What `make bench` and `make 
 app.add_typer(export_app, name="export")
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
+slurm_app = typer.Typer(no_args_is_help=True, help="A run as a chain of Slurm jobs.")
+app.add_typer(slurm_app, name="slurm")
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Overrides = Annotated[
@@ -322,6 +324,173 @@ def sample(
             progress=lambda share: show(Progress("making footage", round(100 * share), 100)),
         )
     print(made.text())
+
+
+SbatchArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sbatch-arg", metavar="ARG", help="For all jobs, or STEP:ARG, such as cluster:--mem=200G."
+    ),
+]
+
+
+@slurm_app.command("submit")
+def slurm_submit(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
+    overrides: Overrides = None,
+    array: Annotated[int, typer.Option(min=1, help="Tasks that work at the same time.")] = ...,  # type: ignore[assignment]
+    throttle: Annotated[int | None, typer.Option(min=1, help="At most so many of them at once.")] = None,
+    gpus_per_task: Annotated[str, typer.Option(metavar="[TYPE:]G")] = "0",
+    cpus_per_task: Annotated[int | None, typer.Option(min=1)] = None,
+    mem: Annotated[str | None, typer.Option(help="Of a task, such as 64G.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Of a task, such as 4:00:00; it goes on where it stopped.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(envvar="SBATCH_PARTITION")] = None,
+    account: Annotated[str | None, typer.Option(envvar="SBATCH_ACCOUNT")] = None,
+    qos: Annotated[str | None, typer.Option(envvar="SBATCH_QOS")] = None,
+    constraint: Annotated[str | None, typer.Option(envvar="SBATCH_CONSTRAINT")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to stay away from.")] = None,
+    sbatch_args: SbatchArgs = None,
+    export_env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A variable that the jobs get too, such as HF_TOKEN."),
+    ] = None,
+    plan_here: Annotated[bool, typer.Option(help="Plan now and here, not in a job.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print scripts and commands; needs no Slurm.")] = False,
+) -> None:
+    """Submit plan → work array → cluster → export → report as one chain."""
+    from ego2robot.jobs import slurm
+
+    given = list(overrides or ())
+    if cpus_per_task and not any(item.startswith("workers=") for item in given):
+        given.append(f"workers={cpus_per_task}")
+    cfg = config.load(recipe, given)
+    request = slurm.Request(
+        array=array,
+        throttle=throttle,
+        gpus_per_task=gpus_per_task,
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
+        exclude=exclude,
+        sbatch_args=tuple(sbatch_args or ()),
+        environment=tuple(export_env or ()),
+    )
+    if dry_run:
+        print(slurm.draft_run(cfg, request, slurm.ego2robot_command(), plan_here).text(), end="")
+    else:
+        _print_submission(slurm.submit(cfg, request, plan_here))
+
+
+@slurm_app.command("retry")
+def slurm_retry(
+    run: RunArg,
+    throttle: Annotated[int | None, typer.Option(min=1, help="At most so many tasks at once.")] = None,
+    mem: Annotated[str | None, typer.Option()] = None,
+    time: Annotated[str | None, typer.Option()] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to stay away from.")] = None,
+    sbatch_args: SbatchArgs = None,
+    dry_run: Annotated[bool, typer.Option(help="Print scripts and commands.")] = False,
+) -> None:
+    """Submit again what failed or is left, and the steps after it; options replace those of before."""
+    from ego2robot.jobs import slurm
+
+    options = {"throttle": throttle, "mem": mem, "time": time, "partition": partition, "exclude": exclude}
+    changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    changes["sbatch_args"] = tuple(sbatch_args or ())
+    if dry_run:
+        chain, replaced = slurm.draft_retry(run, changes, slurm.ego2robot_command())
+        print(chain.text(), end="")
+        for job in replaced:
+            _warn(f"job {job} waits for what failed; retry cancels it")
+    else:
+        _print_submission(slurm.retry(run, changes))
+
+
+def _print_submission(submission: Any) -> None:
+    for job in submission.jobs:
+        size = f", {len(job.shards)} tasks" if job.shards else ""
+        print(f"{job.step:<8} job {job.job_id}{size}")
+    print(f"scripts  {submission.folder}")
+    print(f"logs     {submission.tail}")
+
+
+@slurm_app.command("status")
+def slurm_status(
+    run: RunArg, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
+) -> None:
+    """What Slurm says of the jobs of a run, and how far the run is."""
+    from ego2robot.console import duration
+    from ego2robot.jobs import slurm
+
+    seen = slurm.overview(run)
+    if as_json:
+        print(json.dumps(seen.to_dict()))
+        return
+    if not seen.tasks:
+        print("no job was submitted for this run")
+    for step in slurm.STEPS:
+        tasks = [task for task in seen.tasks if task.step == step]
+        if tasks:
+            states = ", ".join(f"{n} {state.lower()}" for state, n in seen.states(step).items())
+            jobs = ", ".join(dict.fromkeys(task.job.split("_")[0] for task in tasks))
+            why = next((f" ({task.reason})" for task in tasks if task.active and task.reason), "")
+            print(f"{step:<8} job {jobs}: {states}{why}")
+    if p := seen.progress:
+        eta = f", ETA {duration(p['eta_s'])}" if p["eta_s"] is not None else ""
+        print(
+            f"run      {p['clips_done']}/{p['clips']} clips, {p['units_done']}/{p['units']} units: "
+            f"{p['kept']} kept, {p['dropped']} dropped, {p['failed']} failed{eta}"
+        )
+    else:
+        print("run      no plan yet")
+
+
+@slurm_app.command("failed")
+def slurm_failed(
+    run: RunArg, lines: Annotated[int, typer.Option(min=0, help="Of each task's log.")] = 3
+) -> None:
+    """Tasks that ended badly: state, exit code, node and the end of the log. Exit 1 if there are any."""
+    from ego2robot.jobs import slurm
+
+    failed = slurm.failures(run)
+    for task in failed:
+        shard = "" if task.shard is None else f" shard {task.shard}"
+        code = f", exit {task.exit_text}" if task.exit_text else ""
+        node = f" on {task.node}" if task.node else ""
+        print(f"{task.step}{shard}: job {task.job} {task.state}{code}{node}; {task.log}")
+        for line in task.last_lines(lines):
+            print(f"    {line}")
+    if failed:
+        raise typer.Exit(EXIT_FOUND)
+    print("no task failed")
+
+
+@slurm_app.command("cancel")
+def slurm_cancel(run: RunArg) -> None:
+    """Take the jobs of a run out of the queue; what is complete is kept, `slurm retry` goes on."""
+    from ego2robot.jobs import slurm
+
+    jobs = slurm.cancel(run)
+    print(f"cancelled {', '.join(jobs)}" if jobs else "no job of this run is in the queue")
+
+
+@slurm_app.command("ready", hidden=True)
+def slurm_ready(run: RunArg) -> None:
+    """For the script of `cluster`: exit 1 while units are left."""
+    from ego2robot.jobs import slurm
+
+    left = slurm.units_left(run)
+    if left is None:
+        raise UserError(f"{run}: no plan; see `ego2robot slurm failed`, then `slurm retry`")
+    if left:
+        raise UserError(f"{run}: {left} units are left; see `ego2robot slurm failed`, then `slurm retry`")
 
 
 @models_app.command("pull")
