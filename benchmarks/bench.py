@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,14 +27,13 @@ PACKAGES = (
 )  # fmt: skip
 # In order of worth: what comes last goes without when the time is up.
 PARTS = (
-    Part("end_to_end", "end_to_end", 330),
-    Part("decode", "decode", 90),
-    Part("triage", "triage", 150),
+    Part("end_to_end", "end_to_end", 360),
+    Part("decode", "decode", 90, quick=True),
+    Part("triage", "triage", 150, quick=True),
     Part("daft", "peers_daft", 150),
     Part("ray", "peers_ray", 150),
-    Part("hands", "hands", 60),
-    Part("kernels", "kernels", 60),
-    Part("memory", "bench", 90, "memory"),
+    Part("hands", "hands", 60, quick=True),
+    Part("kernels", "kernels", 60, quick=True),
 )
 SOURCES = {
     "cpu_end_to_end_vs_staged": "end_to_end",
@@ -48,36 +45,6 @@ SOURCES = {
     "triage_recall": "triage",
     "decisions_agree": "end_to_end",
 }
-
-
-def memory(quick: bool) -> dict[str, Any]:
-    """The peak of a run's memory with both embedders, and without the weights of its models."""
-    import psutil
-    from end_to_end import footage, scratch
-    from memory import proportional_bytes
-
-    from ego2robot import config, pipeline
-
-    folder = scratch("memory")
-    arguments = [f"source.path={footage(quick) / 'h264'}", f"run_dir={folder / 'run'}", "device=cpu"]
-    embedders, _ = pipeline.load_embedders(config.load("bench", arguments), "cpu", lambda _: None)
-    weights = sum(p.numel() * p.element_size() for e in embedders for p in e.model.parameters())  # type: ignore[attr-defined]
-    del embedders
-    peak = 0
-    command = [sys.executable, "-m", "ego2robot.cli", "run", "bench", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
-        process = psutil.Process(job.pid)
-        while job.poll() is None:
-            peak = max(peak, proportional_bytes(process))
-            time.sleep(0.25)
-    shutil.rmtree(folder)
-    if job.returncode:
-        raise RuntimeError(f"the run failed with exit code {job.returncode}")
-    return {
-        "peak_MiB": round(peak / 2**20, 1),
-        "weights_MiB": round(weights / 2**20, 1),
-        "peak_besides_weights_MiB": round((peak - weights) / 2**20, 1),
-    }
 
 
 def ratios_of(
@@ -121,7 +88,7 @@ def run_all(parts: Sequence[Part], quick: bool, until: float) -> dict[str, Outco
             outcomes[part.name] = Outcome(part.name, 0.0, None, "no time was left for it")
         else:
             shorter = replace(part, budget_s=min(part.budget_s, left))
-            outcomes[part.name] = run_part(shorter, quick)
+            outcomes[part.name] = run_part(shorter, quick or part.quick)
         outcome = outcomes[part.name]
         print(f"{part.name:<12} {outcome.seconds:6.1f} s  {outcome.reason or 'measured'}", flush=True)
     return outcomes

@@ -122,12 +122,14 @@ class Part:
     Attributes:
         module: beside this file; ``function(quick)`` of it returns what was measured.
         budget_s: it is ended, with all its children, when this is over.
+        quick: always the short form of it.
     """
 
     name: str
     module: str
     budget_s: float
     function: str = "run"
+    quick: bool = False
 
 
 @dataclass(frozen=True)

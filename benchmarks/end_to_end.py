@@ -14,18 +14,22 @@ import json
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from common import CACHE, cpu_seconds, run_group
+from memory import proportional_bytes
 
 from ego2robot import config, pipeline
 from ego2robot.progress import Progress
 from ego2robot.sample import make_footage
+from ego2robot.stages.inference import compute_dtype
 from ego2robot.store.rundir import RunDir
 from ego2robot.store.units import units_from_table
 
@@ -37,7 +41,7 @@ BUDGET_S = 900.0  # of one way; far above what a working one takes
 
 def footage(quick: bool) -> Path:
     """A folder with 1080p videos of both codecs, made at the first call and kept."""
-    minutes = 0.8 if quick else 3.0
+    minutes = 0.8 if quick else 2.0
     folder = CACHE / f"footage-{minutes:g}min"
     for codec, options in CODECS.items():
         if (folder / codec).is_dir():
@@ -116,6 +120,36 @@ def job_for(run: RunDir, folder: Path, embed: bool, processes: int) -> dict[str,
 # -- both, in turns -------------------------------------------------------------------------------
 
 
+def weights_bytes() -> int:
+    """Of both embedders as they run on this CPU, told from their shapes alone."""
+    from transformers import CLIPConfig, CLIPModel, VideoMAEConfig, VideoMAEModel
+
+    with torch.device("meta"):
+        both = VideoMAEModel(VideoMAEConfig()), CLIPModel(CLIPConfig())
+    return sum(p.numel() for model in both for p in model.parameters()) * compute_dtype("cpu").itemsize
+
+
+class MemoryWatch:
+    """Looks at the memory of all our processes once a second: shared pages count once."""
+
+    def __enter__(self) -> MemoryWatch:
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(1.0):
+            others = sum(proportional_bytes(child) for child in me.children())
+            self.peak = max(self.peak, others)
+
+
 def call(script: str, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Runs ``benchmarks/<script> JOB ANSWER`` and returns its answer.
 
@@ -147,16 +181,22 @@ def run(quick: bool, overrides: Sequence[str] = (), turns: int | None = None) ->
     cores = torch.get_num_threads()
     found: dict[str, list[dict[str, Any]]] = {"curation": [], "all": []}
     staged: dict[str, Any] = {}
+    peaks: dict[str, int] = {}
     turns = turns or (1 if quick else 2)
     for turn in range(turns):
         for name, answers in found.items():
             run_dir = folder / f"ours-{name}-{turn}"
             job = {"footage": str(videos), "run_dir": str(run_dir), "embed": name == "all"}
-            answers.append(call("end_to_end.py", {**job, "overrides": list(overrides)}, folder))
+            with MemoryWatch() as memory:
+                answers.append(call("end_to_end.py", {**job, "overrides": list(overrides)}, folder))
+            peaks[name] = max(peaks.get(name, 0), memory.peak)
         if not staged:
             planned = job_for(RunDir.open(folder / "ours-all-0"), folder, True, cores)
             (CACHE / "job.json").write_text(json.dumps(planned), encoding="utf-8")
             staged = call("staged.py", planned, folder)
+    few = {**planned, "tasks": planned["tasks"][:: 1 if quick else 4], "processes": 1, "as_reference": True}
+    reference = call("staged.py", few, scratch("reference"))
+    shutil.rmtree(CACHE / "scratch-reference")
     last = RunDir.open(folder / f"ours-all-{turns - 1}")
     mine = decisions(last)
     result = {
@@ -169,6 +209,12 @@ def run(quick: bool, overrides: Sequence[str] = (), turns: int | None = None) ->
         "by_cpu_time": {
             "curation": _ratio(staged["curation"], found["curation"], "cpu_seconds"),
             "end_to_end": _ratio(staged["all"], found["all"], "cpu_seconds"),
+        },
+        "as_the_reference_runs_it": as_reference(reference, few, planned, staged, found),
+        "memory": {
+            "peak_curation_MiB": round(peaks["curation"] / 2**20),
+            "peak_MiB": round(peaks["all"] / 2**20),
+            "peak_besides_weights_MiB": round((peaks["all"] - weights_bytes()) / 2**20),
         },
         **agreement(mine, staged["decisions"]),
         "decisions": {clip: one["kept"] for clip, one in mine.items()},
@@ -189,6 +235,33 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for stage in sorted(stages)
         },
         "peak_rss_MiB": round(max(one["rss_bytes"] for one in runs) / 2**20),
+    }
+
+
+def as_reference(
+    reference: Mapping[str, Any],
+    few: Mapping[str, Any],
+    planned: Mapping[str, Any],
+    staged: Mapping[str, Any],
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """What the staged way takes in one process, from some of the clips, and its ratio to ours."""
+    clips, kept = len(few["tasks"]), sum(one["kept"] for one in reference["decisions"].values())
+    all_clips, all_kept = len(planned["tasks"]), sum(one["kept"] for one in staged["decisions"].values())
+    curation = reference["curation"]["seconds"] / clips
+    embedding = (reference["all"]["seconds"] - reference["curation"]["seconds"]) / max(kept, 1)
+    whole = {"curation": curation * all_clips, "all": curation * all_clips + embedding * all_kept}
+    ratios = {
+        name: round(whole[name] / statistics.mean(one["seconds"] for one in runs), 3)
+        for name, runs in found.items()
+    }
+    return {
+        "clips": clips,
+        "kept": kept,
+        "curation_seconds_a_clip": round(curation, 3),
+        "embedding_seconds_a_kept_clip": round(embedding, 3),
+        "stages": reference["stages"],
+        "ratio_to_ours": ratios,
     }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,10 @@ def peer(script: str, package: str) -> dict[str, Any]:
         raise Skip("nothing to do: the end_to_end part did not run before")
     job = json.loads((CACHE / "job.json").read_text(encoding="utf-8"))
     folder = scratch(package)
-    return call(script, {**job, "folder": str(folder)}, folder)
+    try:
+        return call(script, {**job, "folder": str(folder)}, folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ every fifth), pictures are RGB before they reach a model, the first resize avera
 would alias and call it motion), VideoMAE's tokens are averaged, and the weights are ours, from the same seed.
 As in the reference, hands are looked for in every clip, whatever its motion.
 
-What it is given is the best we found for it: one process a core with one thread each (its own single process
-leaves a core idle in three of five stages), grab instead of a full conversion of frames that are thrown away,
-stacks in a page cache that has room. Loading models is left out of its time, as it is of ours.
+What it is given is the best we found for it: one process a core with one thread each, grab instead of a full
+conversion of frames that are thrown away, stacks in a page cache that has room. Loading models is left out of
+its time, as it is of ours. ``as_reference`` takes the first two back: one process, whose libraries use
+threads of their own, and every frame converted in full, as the reference does it.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Job:
         hands_every: hands are looked for in every so many-th frame of a clip.
         folder: for frame stacks, and for the vectors that come out.
         embed: both embedders too, not curation alone.
+        as_reference: in one process, every frame converted.
     """
 
     tasks: list[Task]
@@ -72,6 +74,7 @@ class Job:
     processes: int
     folder: str
     embed: bool
+    as_reference: bool = False
 
     @staticmethod
     def read(path: Path) -> Job:
@@ -85,9 +88,10 @@ class Job:
 # -- what the stages do to one clip; the peers do the same ----------------------------------------
 
 
-def decode(task: Task) -> np.ndarray:
+def decode(task: Task, as_reference: bool = False) -> np.ndarray:
     """uint8 BGR [T, 360, 640, 3] of a clip, decoded on its own."""
-    capture = cv2.VideoCapture(task.path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    options = [] if as_reference else [cv2.CAP_PROP_N_THREADS, 1]
+    capture = cv2.VideoCapture(task.path, cv2.CAP_FFMPEG, options)
     fps = capture.get(cv2.CAP_PROP_FPS)
     due = [int((task.first + i) / task.sample_fps * fps + 1e-6) for i in range(task.n_frames)]
     at = due[0]
@@ -98,6 +102,8 @@ def decode(task: Task) -> np.ndarray:
             if not capture.grab():
                 raise RuntimeError(f"{task.path}: OpenCV reads no frame {at}")
             at += 1
+            if as_reference and at <= frame:
+                capture.retrieve()
         frames.append(cv2.resize(capture.retrieve()[1], (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA))
     capture.release()
     return np.stack(frames)
@@ -167,8 +173,9 @@ _model: Any = None
 def _prepare(job: Job, make: Callable[[Job], Any] | None, loaded: Any) -> None:
     """Of a worker process: threads, and the one model of its stage."""
     global _job, _model  # noqa: PLW0603 — how multiprocessing's initializers hand things over
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    if not job.as_reference:
+        cv2.setNumThreads(1)
+        torch.set_num_threads(1)
     _job = job
     _model = make(job) if make else None
     loaded.wait()  # until every process has loaded its model
@@ -183,7 +190,7 @@ def _rgb(clip_id: str) -> np.ndarray:
 
 
 def _decode(task: Task) -> None:
-    np.save(_stack(task.clip_id), decode(task))
+    np.save(_stack(task.clip_id), decode(task, _job.as_reference))
 
 
 def _motion(task: Task) -> float:
