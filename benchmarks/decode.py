@@ -17,7 +17,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -233,6 +233,13 @@ def _rate(decode: Counting, n: int, seconds: float) -> float | str:
     measuring = threading.Event()
 
     def work(k: int) -> None:
+        try:
+            turn(k)
+        except BaseException:
+            started.abort()  # nobody waits for this one
+            raise
+
+    def turn(k: int) -> None:
         first = True
         while not stop.is_set():
             for frames in decode(stop):
@@ -250,18 +257,22 @@ def _rate(decode: Counting, n: int, seconds: float) -> float | str:
             started.wait(60)
         except threading.BrokenBarrierError:
             stop.set()
-            errors = [job.exception() for job in jobs]
-            return next((f"{type(e).__name__}: {e}"[:200] for e in errors if e), "did not start within 60 s")
+            return _first_error(jobs) or "did not start in 60 s"
         measuring.set()
         began = time.perf_counter()
         time.sleep(seconds)
         measuring.clear()
         elapsed = time.perf_counter() - began
         stop.set()
-        for job in jobs:
-            if error := job.exception():
-                return f"{type(error).__name__}: {error}"[:200]
+        if error := _first_error(jobs):
+            return error
     return round(sum(counts) / elapsed / FPS, 1)
+
+
+def _first_error(jobs: list[Future[None]]) -> str | None:
+    errors = [e for job in jobs if (e := job.exception())]
+    errors.sort(key=lambda e: isinstance(e, threading.BrokenBarrierError))  # the cause first
+    return f"{type(errors[0]).__name__}: {errors[0]}".splitlines()[0][:200] if errors else None
 
 
 def _reading(backend: Backend, path: Path, info: VideoInfo) -> Counting:
@@ -310,10 +321,12 @@ def _alone_driver(path: Path, info: VideoInfo) -> Iterator[int]:
 
     with open_stream(path.name, _blob(path)) as (container, stream):
         engine = DriverEngine(info.codec, 0)
-        engine.follow(stream)
-        for packet in container.demux(stream):
-            yield len(engine.decode(packet) if packet.size else engine.drain())
-        engine.close()
+        try:
+            engine.follow(stream)
+            for packet in container.demux(stream):
+                yield len(engine.decode(packet) if packet.size else engine.drain())
+        finally:
+            engine.close()
 
 
 def _alone_pynvvideocodec(path: Path) -> Iterator[int]:
