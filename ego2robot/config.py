@@ -173,7 +173,7 @@ class Skills:
     also_k: tuple[PositiveInt, ...] = ()  # further numbers of clusters, found in the same pass
     metric: Literal["euclidean", "cosine"] = "euclidean"  # cosine: spherical k-means
     backend: Literal["auto", "torch", "faiss", "cuml"] = "auto"
-    restarts: PositiveInt = 10
+    restarts: PositiveInt = 10  # starts; one where sampled clips times k exceed 4 million
     sample_rows: Annotated[int, Field(ge=1000)] = 262_144  # centroids are found on at most so many clips
     sample_mib: PositiveInt = 512  # and at most so many MiB of their vectors
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] | None = 0.99  # null: none are looked for
@@ -194,6 +194,16 @@ class Export:
 
 
 @section
+class Work:
+    """How the processes of a run share its work; see ``docs/scaling.md``."""
+
+    lease_s: Positive = 60.0  # a worker who shows no sign of life for so long has died
+    commit_s: Positive = 30.0  # what is complete is committed so often: the most that a crash loses
+    attempts: PositiveInt = 3  # at a file that is missing or cannot be read, or where memory did not suffice
+    backoff_s: Positive = 10.0  # before the second attempt; doubled before each further one
+
+
+@section
 class Config:
     """A whole recipe."""
 
@@ -208,6 +218,7 @@ class Config:
     labels: Labels = Labels()
     skills: Skills = Skills()
     export: Export = Export()
+    work: Work = Work()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes that decode on CPUs; 0: one per core
@@ -216,7 +227,17 @@ class Config:
 
 ADAPTER = TypeAdapter(Config)
 # What may differ between two starts of one run: where and how fast, never what comes out.
-EXECUTION_KEYS = ("run_dir", "workers", "gpus", "decode.timeout_s", "decode.streams")
+EXECUTION_KEYS = (
+    "run_dir",
+    "workers",
+    "gpus",
+    "decode.timeout_s",
+    "decode.streams",
+    "work.lease_s",
+    "work.commit_s",
+    "work.attempts",
+    "work.backoff_s",
+)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
