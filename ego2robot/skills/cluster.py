@@ -84,9 +84,10 @@ def cluster(
 
     Vectors are clustered as they are stored (``metric=cosine``: divided by their length), by k-means
     (:func:`ego2robot.skills.kmeans.kmeans`) on the run's ``device``, on a sample of at most
-    ``sample_rows`` rows and ``sample_mib``; then each is assigned to the nearest centroid. Skills are
-    numbered by size, largest first, ties by their medoid's id. The result depends on the clips, not on
-    the order in which they were processed, the files they are in or the number of shards.
+    ``sample_rows`` rows and ``sample_mib``, from one start where they times k exceed 4 million; then each
+    is assigned to the nearest centroid. Skills are numbered by size, largest first, ties by their medoid's
+    id. The result depends on the clips, not on the order in which they were processed, the files they are
+    in or the number of shards.
 
     Returns:
         The body of ``skills.json``: ``silhouette`` (on a seeded sample of at most 5,000 clips) and
