@@ -74,10 +74,10 @@ def aria(path: Path) -> np.ndarray | None:
     )
 
 
-def pictures() -> Iterator[tuple[str, np.ndarray]]:
-    """Name and uint8 [T, h, w, 3] of every set that can be had here."""
+def pictures(every: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and uint8 [T, h, w, 3] of every set that can be had here; of videos each so many-th frame."""
     if SAMPLES.is_dir():
-        yield "mixer", video(SAMPLES / "two_hands_mixer_20s.mp4")
+        yield "mixer", video(SAMPLES / "two_hands_mixer_20s.mp4", every)
         for name in ("call", "four", "rock"):
             yield f"photograph {name}", fit(Image.open(SAMPLES / f"hand_{name}.jpg"))[None]
         frames = aria(SAMPLES / "aria_8frames.vrs")
@@ -85,7 +85,7 @@ def pictures() -> Iterator[tuple[str, np.ndarray]]:
             yield "aria", frames
     with tempfile.TemporaryDirectory() as folder:
         footage = make_footage(Path(folder), minutes=1.5, width=1280, height=720, fps=15)
-        yield "generated", video(footage.videos[0], every=5)
+        yield "generated", video(footage.videos[0], 5 * every)
 
 
 def copies(frames: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -190,10 +190,10 @@ def shares(sums: list[dict[str, Any]]) -> dict[str, Any]:
     return share
 
 
-def agreement(reference: Detector, others: dict[str, Detector], base: str) -> dict[str, Any]:
+def agreement(reference: Detector, others: dict[str, Detector], base: str, every: int) -> dict[str, Any]:
     """Each of ``others`` against the reference and against ``base`` of them, by set, by copy and in all."""
     sums: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name, frames in pictures():
+    for name, frames in pictures(every):
         for how, copy in copies(frames):
             theirs = reference(copy)
             found = {key: detector(copy) for key, detector in others.items()}
@@ -383,12 +383,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--every", type=int, default=4, help="of the mixer clip's frames, for the speed")
+    parser.add_argument("--sparse", type=int, default=1, help="each so many-th frame for the agreement")
     parser.add_argument("--only", choices=("speed", "agreement", "gpu"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     models.hand_networks("full", pull_if_missing=True)
-    body: dict[str, Any] = {"threads": torch.get_num_threads()}
+    body: dict[str, Any] = {"threads": torch.get_num_threads(), "sparse": args.sparse}
     if args.only in (None, "speed"):
         body["speed"] = cpu_speed(args.turns, args.every) or "mediapipe or the samples are not there"
     if args.only in (None, "agreement"):
@@ -396,7 +397,7 @@ def main() -> None:
         if reference is None:
             body["agreement"] = "mediapipe is not there"
         else:
-            body["agreement"] = agreement(reference, ours(), "torch float32")
+            body["agreement"] = agreement(reference, ours(), "torch float32", args.sparse)
             for title, groups in body["agreement"].items():
                 for group, row in groups.items():
                     print(f"{title}, {group}: {row}")
