@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, run_interpreted
+from ego2robot.hands_net import sampling
+from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, on_gpu, run_interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,16 @@ def test_crops_are_mediapipes() -> None:
     assert ours.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(ours, looked_up(frames[frame], x, y, "border"), rtol=0, atol=1e-6)
     assert torch.equal(crops(frames, frame, rect, 224, torch.bfloat16), ours.bfloat16())
+
+
+def test_hands_net_samples_the_same_levels() -> None:
+    """Its crops come from ``grid_sample`` in float32: what lies next to half a level falls to either side."""
+    frames = noise((3, 180, 320, 3))
+    assert torch.equal(letterbox(frames, 192), sampling.letterbox(frames, 192))
+    frame, rect = squares(12, 3, 180, 320)
+    off = crops(frames, frame, rect, 224) - sampling.crops(sampling.planes(frames), 180, frame, rect, 224)
+    assert off.abs().max() < 1.01 / 255
+    assert (off.abs() > 1e-3).float().mean() < 0.02
 
 
 def test_an_upright_square_on_whole_pixels_is_the_frame_itself() -> None:
@@ -134,11 +145,11 @@ def test_wrong_input_is_refused(change: dict[str, Any], message: str) -> None:
 
 def by_kernel(frames: torch.Tensor, size: int, dtype: torch.dtype, of: Any = None) -> torch.Tensor:
     if device() == "cuda":
-        on_gpu = frames.cuda()
+        there = on_gpu(frames)
         found = (
-            letterbox(on_gpu, size, dtype)
+            letterbox(there, size, dtype)
             if of is None
-            else crops(on_gpu, of[0].cuda(), of[1].cuda(), size, dtype)
+            else crops(there, of[0].cuda(), of[1].cuda(), size, dtype)
         )
         return found.cpu()
     from ego2robot_kernels import crops_triton

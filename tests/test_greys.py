@@ -14,7 +14,7 @@ from ego2robot_kernels.surface import convert_surfaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, run_interpreted
+from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, on_gpu, run_interpreted
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -64,7 +64,8 @@ def test_wrong_input_is_refused(greys: Any, n_frames: list[int] | None, message:
 def by_kernel(greys: Any, counts: list[int], step: int) -> torch.Tensor:
     from ego2robot_kernels import greys_triton
 
-    return greys_triton.motion_of(used([clip.to(device()) for clip in greys], counts, step)).cpu()
+    clips = [on_gpu(clip) for clip in greys] if device() == "cuda" else greys
+    return greys_triton.motion_of(used(clips, counts, step)).cpu()
 
 
 @on_device

@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
 from ego2robot.stages.preprocess import CLIP_PICTURE, VIDEOMAE_PICTURE
-from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, run_interpreted
+from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, on_gpu, run_interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +99,7 @@ def test_halves_of_weights_are_exact_in_half_precision(picture: Picture) -> None
 
 def by_kernel(clips: Any, indices: Any, picture: Picture, out: torch.Tensor) -> torch.Tensor:
     if device() == "cuda":
-        on_gpu = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="cuda")
-        return model_inputs([clip.cuda() for clip in clips], indices, picture, out.dtype, on_gpu).cpu()
+        return model_inputs([on_gpu(c) for c in clips], indices, picture, out.dtype, on_gpu(out)).cpu()
     from ego2robot_kernels import model_input_triton
 
     model_input_triton.draw(clips, indices, picture, out)

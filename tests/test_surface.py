@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ego2robot.decode.picture import QUALITY
 from tests.footage import textured_frame, write_video
-from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, run_interpreted
+from tests.triton_kernels import UNSHRUNK, compile_for_hopper, device, on_device, on_gpu, run_interpreted
 
 SAMPLES = Path(__file__).parents[1].parent / "shared" / "samples"
 MATRIX = {"bt601": 5, "bt709": 1, "bt2020": 9}  # ITU-T H.273
@@ -242,8 +242,10 @@ def test_surfaces_of_a_batch_are_alike() -> None:
 def converted_by_kernel(luma: Any, chroma: Any, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """On a GPU the public way; in the interpreter, whose tensors are on the CPU, the kernel by name."""
     if device() == "cuda":
-        to = lambda x: x.cuda() if isinstance(x, torch.Tensor) else [y.cuda() for y in x]  # noqa: E731
-        frames, grey = convert_surfaces(to(luma), to(chroma), **arguments)
+        planes = [
+            on_gpu(p) if isinstance(p, torch.Tensor) else [on_gpu(q) for q in p] for p in (luma, chroma)
+        ]
+        frames, grey = convert_surfaces(*planes, **arguments)
         return frames.cpu(), grey.cpu()
     from ego2robot_kernels import surface_triton
 

@@ -24,6 +24,15 @@ def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
 
 
+def on_gpu(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the GPU with the same strides: ``cuda()`` would pack what has margins."""
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+    if x.dtype == torch.uint16:  # torch does little with those
+        copy.view(torch.int16).copy_(x.view(torch.int16))
+        return copy
+    return copy.copy_(x)
+
+
 def run_interpreted(file: str) -> None:
     """The tests of ``file`` named ``…on_device…``, in Triton's interpreter and a process of their own:
     whether a module's kernels are interpreted is settled when it is imported."""

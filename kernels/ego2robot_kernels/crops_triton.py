@@ -5,13 +5,15 @@ read in aligned words of four: two or three loads in place of six. Only words th
 are read, nothing at all for what stays black. Positions are float32 sums in the reference's order, and the
 compiler is kept from fusing them, so that they round to the same 1/32.
 
+What is kept on the device is kept for good: few sizes occur, and a CUDA graph may look at it at any time.
+
 Not yet run or measured on a GPU: it compiles for sm_90, and Triton's interpreter holds it to the CPU
 reference.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -134,17 +136,17 @@ def _crops_kernel(  # type: ignore[no-untyped-def]
     _draw(frame, row_stride, low_y, low_x, _STEPS - y1, y1, _STEPS - x1, x1, lut_ptr, out, inside)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _line_taps(length: int, side: int, size: int, device: torch.device) -> torch.Tensor:
     return constant(line_taps(length, side, size), device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _steps(size: int, device: torch.device) -> torch.Tensor:
     return constant(steps_of(size), device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _lut(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return (torch.arange(256).float() * (1 / 255)).to(dtype).to(device)
 

@@ -82,7 +82,7 @@ def model_inputs(
     Returns:
         [N, 3, *picture.crop], frames in the order of ``indices``, clip by clip (``out`` where given):
         ``picture.normalise`` of Pillow's levels, in float32 and then rounded to ``dtype``. A GPU is not
-        waited for.
+        waited for; a CUDA graph cannot hold the call, as addresses go up with it.
 
     Raises:
         ValueError: wrong shape, dtype or index, or clips that differ in size or device.
