@@ -20,6 +20,7 @@ on the CPU. MediaPipe is needed for the comparison with it alone.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -389,7 +390,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     models.hand_networks("full", pull_if_missing=True)
-    body: dict[str, Any] = {"threads": torch.get_num_threads(), "sparse": args.sparse}
+    # Who shares caches and cores with others measures them as well.
+    body: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "sparse": args.sparse,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
     if args.only in (None, "speed"):
         body["speed"] = cpu_speed(args.turns, args.every) or "mediapipe or the samples are not there"
     if args.only in (None, "agreement"):
