@@ -79,15 +79,20 @@ def against_peers(outcomes: Mapping[str, Outcome]) -> None:
             theirs["same_decisions_as_ours"] = round(same / len(mine["decisions"]), 4)
 
 
-def run_all(parts: Sequence[Part], quick: bool, until: float) -> dict[str, Outcome]:
-    """Each part, the later ones as far as the time goes. Says how each one ended."""
+def run_all(parts: Sequence[Part], quick: bool, minutes: float) -> dict[str, Outcome]:
+    """Each part, the later ones as far as the time goes. Says how each one ended.
+
+    Args:
+        minutes: for all of them; the budgets of parts are for ten, and stretch with it.
+    """
+    until = time.monotonic() + 60 * minutes
     outcomes: dict[str, Outcome] = {}
     for part in parts:
         left = until - time.monotonic()
         if left < 10:
             outcomes[part.name] = Outcome(part.name, 0.0, None, "no time was left for it")
         else:
-            shorter = replace(part, budget_s=min(part.budget_s, left))
+            shorter = replace(part, budget_s=min(part.budget_s * max(minutes / 10, 1), left))
             outcomes[part.name] = run_part(shorter, quick or part.quick)
         outcome = outcomes[part.name]
         print(f"{part.name:<12} {outcome.seconds:6.1f} s  {outcome.reason or 'measured'}", flush=True)
@@ -175,7 +180,7 @@ def main() -> None:
         (CACHE / "job.json").unlink(missing_ok=True)  # of an earlier run: the peers do this one's work
         wanted = args.only.split(",") if args.only else [part.name for part in PARTS]
         parts = [part for part in PARTS if part.name in wanted]
-        outcomes = run_all(parts, args.quick, time.monotonic() + 60 * args.minutes)
+        outcomes = run_all(parts, args.quick, args.minutes)
         against_peers(outcomes)
         body = {"quick": args.quick, **report_of(outcomes, SOURCES)}
         path = write_report(__doc__.splitlines()[0], machine(PACKAGES), body, False, args.out)

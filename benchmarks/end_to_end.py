@@ -36,7 +36,7 @@ from ego2robot.store.units import units_from_table
 # A quarter of the footage is manipulation; no span of it is the whole of a round.
 KINDS = ("walking", "manipulating", "idle", "walking")
 CODECS = {"h264": {"gop": 30, "bframes": 0}, "hevc": {"gop": 60, "bframes": 2}}
-BUDGET_S = 900.0  # of one way; far above what a working one takes
+BUDGET_S = 3600.0  # of one way; the part's own budget is what ends it
 
 
 def footage(quick: bool) -> Path:

@@ -363,7 +363,10 @@ class Watching:
     def _watch(self) -> None:
         command = ["nvidia-smi", f"--query-gpu={self.QUERY}", "--format=csv,noheader,nounits", "-i", "0"]
         while not self._stop.wait(0.5):
-            told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            try:
+                told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            except (OSError, subprocess.TimeoutExpired):
+                continue  # a reading less; figures() says when there is none
             parts = told.stdout.strip().split(",")
             if told.returncode == 0 and len(parts) == 3:
                 numbers = [part.strip() for part in parts]
@@ -399,7 +402,7 @@ def main() -> int:
     CACHE.mkdir(parents=True, exist_ok=True)
     names = args.only.split(",") if args.only else [part.name for part in PARTS]
     parts = [part for part in PARTS if part.name in names]
-    outcomes = run_all(parts, args.quick, time.monotonic() + 60 * args.minutes)
+    outcomes = run_all(parts, args.quick, args.minutes)
     body = {"quick": args.quick, "not_installed": missing, **report_of(outcomes, SOURCES)}
     path = write_report(__doc__.splitlines()[0], about, body, True, args.out)
     print("\n".join(summary(body["ratios"], body["skipped"])))
