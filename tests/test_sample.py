@@ -27,7 +27,7 @@ from ego2robot.sample import (
     truth_of_clip,
 )
 from ego2robot.sample.acts import SKILLS, Loop, stage
-from ego2robot.sample.footage import _plan
+from ego2robot.sample.footage import ROUND, _plan
 from ego2robot.sample.hand import HandPose, joints
 from ego2robot.sample.scene import Camera
 
@@ -187,7 +187,7 @@ def test_minutes_are_shared_among_the_files_and_no_scrap_is_left(tmp_path: Path)
 
 
 def test_long_footage_has_spans_of_6_to_20_seconds_half_of_them_manipulating() -> None:
-    plan = list(_plan(0, 300, 4.0, seed=1, variants=3))
+    plan = list(_plan(0, 300, 4.0, seed=1, variants=3, round_of=ROUND))
     assert sum(span.repeats for span in plan) == 300
     later = plan[4:-1]  # the first round is short on purpose, the last span fills up
     assert all(6 <= 4 * span.repeats <= 20 for span in later)
