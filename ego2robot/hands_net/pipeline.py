@@ -66,7 +66,7 @@ class HandNet(nn.Module):
         device: where it runs.
         dtype: what the networks compute in: float32, float16 or bfloat16. Coordinates are float32 always.
             Where it is bfloat16 the palm detector stays in float32: it alone would move landmarks by 0.4
-            pixels on average (of 640 x 360, on the mixer clip), its last third by 0.25, the other network
+            pixels on average (of 640 x 360, on the mixer clip), its last third by 0.3, the other network
             moves them by 0.14. float16 moves them by 0.1 throughout.
         max_hands: K, slots for hands in a frame.
         min_detection: score from which the detector's boxes count, 0 to 1.
