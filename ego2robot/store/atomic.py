@@ -63,12 +63,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """zstd, with page checksums, statistics and row groups of 65,536 rows."""
+def write_parquet(path: Path, table: pa.Table, row_group: int = 1 << 16) -> None:
+    """zstd, with page checksums, statistics and row groups of at most ``row_group`` rows."""
     write(
         path,
         lambda file: pq.write_table(
-            table, file, compression="zstd", row_group_size=1 << 16, write_page_checksum=True
+            table, file, compression="zstd", row_group_size=row_group, write_page_checksum=True
         ),
     )
 

@@ -91,7 +91,7 @@ class Ledger:
         parts: the parts that count, in the order of their records.
         owner: committed unit to its part.
         damaged: numbers of records that cannot be read; what they held counts as never committed.
-        n: number of the last record.
+        log: every record, in order; the first one's number is 1.
     """
 
     folder: Shared
@@ -99,9 +99,12 @@ class Ledger:
     parts: dict[str, Record] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
     damaged: list[int] = field(default_factory=list)
-    n: int = 0
-    _recent: list[Record] = field(default_factory=list)  # read one by one since the last segment
+    log: list[Record] = field(default_factory=list)
     _segmented: int = 0
+
+    @property
+    def n(self) -> int:
+        return len(self.log)
 
     def refresh(self) -> list[Record]:
         """Reads what was committed since the last call. Costs one look where there is nothing new."""
@@ -151,7 +154,6 @@ class Ledger:
             record = Record("", (), {}, {}, (), n)
             self.damaged.append(n)
         self._apply(record)
-        self._recent.append(record)
         return record
 
     def _apply(self, record: Record) -> None:
@@ -162,7 +164,7 @@ class Ledger:
         if record.part:
             self.parts[record.part] = record
         self.owner.update(dict.fromkeys(record.units, record.part))
-        self.n = record.n
+        self.log.append(record)
 
     # -- segments --------------------------------------------------------------------------------
 
@@ -182,16 +184,14 @@ class Ledger:
         return found
 
     def _write_segments(self) -> None:
-        while self.n >= self._segmented + SEGMENT:
-            first, last = self._segmented + 1, self._segmented + SEGMENT
-            records = [record for record in self._recent if first <= record.n <= last]
-            whole = len(records) == SEGMENT and not any(first <= n <= last for n in self.damaged)
-            if whole and self.n in (last, last + SEGMENT // 2):  # the second one for the first one's death
-                self.folder.create(_segment(last), _to_segment(records))
-            elif not whole or self.n < last + SEGMENT // 2:
-                return
+        """Who makes the last record of a segment writes it; who makes a later one, should he have died."""
+        first, last = self._segmented, self._segmented + SEGMENT
+        if self.n not in (last, last + SEGMENT // 2):
+            return
+        if not any(first < n <= last for n in self.damaged):
+            self.folder.create(_segment(last), _to_segment(self.log[first:last]))
+        if self.n > last:
             self._segmented = last
-            self._recent = [record for record in self._recent if record.n > last]
 
 
 def _name(n: int) -> str:

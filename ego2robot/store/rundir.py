@@ -102,7 +102,11 @@ class RunDir:
     @property
     def planned(self) -> bool:
         """Whether there is a plan; an empty one is never stored."""
-        return (self.path / "plan" / "units.parquet").is_file()
+        return self.plan_path.is_file()
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan" / "units.parquet"
 
     @cached_property
     def config(self) -> config.Config:
@@ -193,6 +197,12 @@ class RunDir:
             self.ledger.refresh()
             return list(self.ledger.parts.values())
 
+    def records_and_notes(self) -> list[Record]:
+        """Every record that was ever made, also those that hold no part (any more)."""
+        with self.ledger_lock:
+            self.ledger.refresh()
+            return list(self.ledger.log)
+
     def committed_units(self) -> set[str]:
         with self.ledger_lock:
             self.ledger.refresh()
@@ -243,7 +253,7 @@ class RunDir:
         """The plan: one row per unit of work (``schema.UNITS``); no rows before there is one."""
         if not self.planned:
             return pa.Table.from_pylist([], schema=schema.UNITS)
-        return pq.read_table(self.path / "plan" / "units.parquet")
+        return pq.read_table(self.plan_path)
 
     def read_json(self, relative: str) -> dict[str, Any] | None:
         """A JSON mapping of the run directory, None where there is no such file.

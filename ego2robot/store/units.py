@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ego2robot.store import schema
 from ego2robot.types import Blob, Clip, Unit, Video, VideoInfo, clip_id
+
+ROW_GROUP = 4096  # units; what is read to get one
+GROUPS_KEPT = 4
 
 
 def units_table(units: Sequence[Unit]) -> pa.Table:
@@ -45,6 +53,79 @@ def units_table(units: Sequence[Unit]) -> pa.Table:
             }
         )
     return pa.Table.from_pylist(rows, schema=schema.UNITS)
+
+
+class StoredPlan:
+    """A stored plan, of which only what ordering needs is in memory; units are read as they are asked for.
+
+    Attributes:
+        unit_ids: bytes [N].
+        costs_s: float64 [N], estimated seconds.
+        kinds: int64 [N], a number for the codec, the same in every plan.
+        n_clips: int64 [N].
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = pq.ParquetFile(path)
+        self._stamp = self._look()
+        table = self._file.read(["unit_id", "cost_s", "codec", "length"])
+        self.unit_ids = ids_array(table["unit_id"])
+        self.costs_s = table["cost_s"].to_numpy().astype(np.float64)
+        codecs = table["codec"].combine_chunks().dictionary_encode()
+        names = [zlib.crc32(name.encode()) for name in codecs.dictionary.to_pylist()]
+        self.kinds = np.array([*names, 0], np.int64)[codecs.indices.to_numpy()]
+        self.n_clips = pc.list_value_length(table["length"]).to_numpy().astype(np.int64)
+        self._order = np.argsort(self.unit_ids, kind="stable")
+        self._sorted = self.unit_ids[self._order]
+        rows = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(rows)])
+        self._groups: dict[int, pa.Table] = {}
+
+    def __len__(self) -> int:
+        return len(self.unit_ids)
+
+    def _look(self) -> tuple[int, int, int]:
+        seen = self._path.stat()
+        return seen.st_ino, seen.st_size, seen.st_mtime_ns
+
+    def replaced(self) -> bool:
+        """Whether another plan has been stored in its place."""
+        return self._look() != self._stamp
+
+    def videos(self) -> int:
+        """How many videos the units are of."""
+        return int(pc.count_distinct(pq.read_table(self._path, columns=["video_id"])["video_id"]).as_py())
+
+    def index(self, unit_id: str) -> int:
+        """Raises KeyError for a unit of another plan."""
+        at = int(np.searchsorted(self._sorted, np.bytes_(unit_id.encode())))
+        if at >= len(self._sorted) or self._sorted[at] != unit_id.encode():
+            raise KeyError(unit_id)
+        return int(self._order[at])
+
+    def mask(self, unit_ids: Iterable[str]) -> np.ndarray:
+        """bool [N]: which units these are; those of other plans are left out."""
+        found = np.zeros(len(self), bool)
+        wanted = np.array([unit.encode() for unit in unit_ids], "S")
+        if len(wanted):
+            found[:] = np.isin(self.unit_ids, wanted)
+        return found
+
+    def unit(self, index: int) -> Unit:
+        """One unit. Neighbours are read with it. Not for several threads at once."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if group not in self._groups:
+            while len(self._groups) >= GROUPS_KEPT:
+                del self._groups[next(iter(self._groups))]
+            self._groups[group] = self._file.read_row_group(group)
+        (row,) = self._groups[group].slice(index - int(self._starts[group]), 1).to_pylist()
+        return _unit(row)
+
+
+def ids_array(ids: pa.ChunkedArray) -> np.ndarray:
+    """Ids as bytes [N] of one width."""
+    return ids.to_numpy().astype("S") if len(ids) else np.zeros(0, "S16")
 
 
 def units_from_table(table: pa.Table) -> list[Unit]:
