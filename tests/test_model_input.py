@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def by_kernel(clips: Any, indices: Any, picture: Picture, out: torch.Tensor) -> 
     last=st.booleans(),
     data=st.data(),
 )
-@settings(max_examples=8, deadline=None, derandomize=True, **UNSHRUNK)
+@settings(max_examples=6, deadline=None, derandomize=True, **UNSHRUNK)
 def test_kernel_equals_the_reference_on_device(
     height: int, width: int, margin: int, edge: int, resample: Any, dtype: torch.dtype, last: bool, data: Any
 ) -> None:
@@ -139,14 +140,16 @@ def test_kernel_equals_the_reference_on_device(
 @on_device
 @pytest.mark.parametrize("picture", [VIDEOMAE_PICTURE, CLIP_PICTURE])
 def test_full_size_on_device(picture: Picture) -> None:
+    if device() == "cpu":  # the interpreter draws the middle of it only
+        picture = replace(picture, crop=(64, 64))
     clips = [noise((1, 360, 640, 3))]
-    out = torch.empty(1, 3, 224, 224, dtype=torch.bfloat16)
+    out = torch.empty(1, 3, *picture.crop, dtype=torch.bfloat16)
     assert torch.equal(by_kernel(clips, [[0]], picture, out), model_inputs(clips, [[0]], picture))
 
 
 @on_device
 def test_many_tiny_frames_on_device() -> None:
-    n = 512 if device() == "cuda" else 40
+    n = 512 if device() == "cuda" else 20
     picture = Picture(8, (8, 8))
     clips = [noise((n, 9, 12, 3))]
     out = torch.empty(n, 3, 8, 8)

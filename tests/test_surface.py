@@ -287,7 +287,7 @@ def calls(draw: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 @on_device
 @given(call=calls())
-@settings(max_examples=5, deadline=None, derandomize=True, **UNSHRUNK)
+@settings(max_examples=4, deadline=None, derandomize=True, **UNSHRUNK)
 def test_kernel_equals_the_reference_on_device(call: tuple[Any, Any, dict[str, Any]]) -> None:
     luma, chroma, arguments = call
     expected = convert_surfaces(luma, chroma, **arguments)
