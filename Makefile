@@ -11,7 +11,7 @@ DEMO := runs/demo
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help install system-libraries demo test test-lerobot lint format bench bench-check gpu-proof clean
+.PHONY: help install system-libraries demo test test-lerobot slurm test-slurm lint format bench bench-check gpu-proof clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,8 +35,8 @@ demo: $(READY) ## footage with known truth → LeRobot dataset and report, on th
 	$(BIN)/ego2robot run demo
 	$(BIN)/ego2robot verify $(DEMO)/run --truth $(DEMO)/footage
 
-test: $(READY) ## all tests but those that need a LeRobot environment
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+test: $(READY) ## all tests but those that need a LeRobot environment or a Slurm
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/test_slurm.py $(PYTEST_ARGS)
 
 $(LEROBOT)/.ready:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found" >&2; exit 2; }
@@ -46,6 +46,12 @@ $(LEROBOT)/.ready:
 
 test-lerobot: $(READY) $(LEROBOT)/.ready ## open what we export with the real lerobot 0.4.4 (own environment, 8 GB)
 	LEROBOT_PYTHON=$(CURDIR)/$(LEROBOT)/bin/python $(BIN)/python -m pytest tests/test_lerobot_client.py $(PYTEST_ARGS)
+
+slurm:
+	@command -v slurmctld >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge slurm-client; }
+
+test-slurm: $(READY) ## the Slurm chain on a Slurm of four nodes that runs here meanwhile (Debian: make slurm installs it)
+	$(BIN)/python -m pytest tests/test_slurm.py tests/test_slurm_scripts.py $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .

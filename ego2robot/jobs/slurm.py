@@ -11,6 +11,7 @@ forms that do not depend on its version. Everything about a submission lies in `
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -24,15 +25,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ego2robot import config
 from ego2robot.errors import UserError
-from ego2robot.jobs.status import status as run_status
 from ego2robot.store import atomic
-from ego2robot.store.rundir import RunDir
+
+if TYPE_CHECKING:
+    from ego2robot.jobs.status import Status
 
 STEPS = ("plan", "work", "cluster", "export", "report")
 DRAINED = 75  # EX_TEMPFAIL of sysexits.h: `ego2robot work` stopped early, and wants to go on later
@@ -174,8 +176,8 @@ class Submission:
     @classmethod
     def load(cls, folder: Path) -> Submission:
         """Raises UserError when ``submission.json`` is damaged."""
-        tree = RunDir(folder).read_json("submission.json") or {}
         try:
+            tree = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
             asked = tree.pop("request")
             asked |= {key: tuple(asked[key]) for key in ("sbatch_args", "environment")}
             request = Request(**asked)
@@ -473,9 +475,10 @@ def cancel(run: Path) -> list[str]:
 
 def overview(run: Path) -> Overview:
     """The tasks of a run in Slurm, and how far the run is."""
-    opened = RunDir(run)
-    progress = run_status(RunDir.open(run)).to_dict() if opened.planned else None
-    return Overview(str(run), tuple(tasks_of(run)), progress)
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory")
+    state = _progress(run)
+    return Overview(str(run), tuple(tasks_of(run)), state.to_dict() if state else None)
 
 
 def failures(run: Path) -> list[Task]:
@@ -485,11 +488,15 @@ def failures(run: Path) -> list[Task]:
 
 def units_left(run: Path) -> int | None:
     """Units of the plan that are not committed; None before there is a plan."""
-    opened = RunDir(run)
-    if not opened.planned:
-        return None
-    state = run_status(RunDir.open(run))
-    return state.units - state.units_done
+    state = _progress(run)
+    return state.units - state.units_done if state else None
+
+
+def _progress(run: Path) -> Status | None:
+    from ego2robot.jobs.status import status  # brings torch along, which most of this does not need
+    from ego2robot.store.rundir import RunDir
+
+    return status(RunDir.open(run)) if RunDir(run).planned else None
 
 
 def submissions(run: Path) -> list[Submission]:
@@ -719,6 +726,8 @@ def _submit(chain: Chain) -> Submission:
     except BaseException:
         if submission.jobs:
             _client("scancel", *(job.job_id for job in reversed(submission.jobs)))
+        else:
+            shutil.rmtree(submission.folder)
         raise
     return submission
 
@@ -735,7 +744,7 @@ def _sbatch(arguments: Sequence[str], comment: str) -> str:
                 return found[1]
             cause = _cause(done)
             if wait is None or not any(text in done.stderr for text in TRANSIENT):
-                raise UserError(f"sbatch {arguments[-1]}: {cause}; what was submitted before it is cancelled")
+                raise UserError(f"sbatch {arguments[-1]}: {cause}; the jobs before it are cancelled")
         except subprocess.TimeoutExpired:
             if wait is None:
                 raise UserError(f"sbatch: no answer within {SUBMIT_S:g} s, three times") from None

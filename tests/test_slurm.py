@@ -1,0 +1,336 @@
+"""The chain of jobs on a real Slurm of four nodes, which runs on this machine while the tests do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ego2robot import config
+from ego2robot.errors import UserError
+from ego2robot.jobs import slurm
+from ego2robot.jobs.slurm import Request
+from tests import slurm_cluster
+from tests.slurm_cluster import Cluster
+
+STAND_IN = (sys.executable, str(Path(__file__).parent / "slurm_stand_in.py"))
+MAX_ARRAY = 6
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="e2r-slurm-") as folder, pytest.MonkeyPatch.context() as patch:
+        made = Cluster(Path(folder) / "c", max_array=MAX_ARRAY)
+        try:
+            made.start()
+            for key in ("SLURM_CONF", "PATH"):
+                patch.setenv(key, made.environment[key])
+            yield made
+        finally:
+            made.stop()
+
+
+class Run:
+    """A run directory in which stand-ins work, and what the tests ask of it."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.path, self.cluster = folder / "a run", cluster
+        self.orders = folder / "a run" / "orders"
+        self.orders.mkdir(parents=True)
+        self.cfg = config.load("folder", ["source.path=/nowhere", f"run_dir={self.path}"])
+
+    def order(self, name: str, text: str = "") -> None:
+        (self.orders / name).write_text(text)
+
+    def drop(self, name: str) -> None:
+        (self.orders / name).unlink()
+
+    def submit(self, array: int, **more: Any) -> slurm.Submission:
+        self.order("tasks", str(array))
+        plan_here = more.pop("plan_here", False)
+        return slurm.submit(self.cfg, Request(array, **more), plan_here, STAND_IN)
+
+    def retry(self, **changes: Any) -> slurm.Submission:
+        return slurm.retry(self.path, changes, STAND_IN)
+
+    def did(self, name: str = "") -> Any:
+        """All names of what was done, or the account of one of them."""
+        if name:
+            return json.loads((self.path / "did" / name).read_text())
+        return {path.name for path in (self.path / "did").glob("*")}
+
+    def left(self, run: Path) -> int | None:
+        """In place of `slurm.units_left`, which reads real plans."""
+        if "plan" not in self.did():
+            return None
+        tasks = int((self.orders / "tasks").read_text())
+        return tasks - len([name for name in self.did() if name.startswith("work-")])
+
+    def states(self) -> dict[str, set[str]]:
+        tasks = slurm.tasks_of(self.path)
+        return {step: {t.state for t in tasks if t.step == step} for step in {t.step for t in tasks}}
+
+    def over(self) -> bool:
+        return not any(task.active for task in slurm.tasks_of(self.path))
+
+    def end(self, seconds: float = 90) -> None:
+        self.cluster.wait(self.over, "the chain has ended", seconds, release=True)
+
+    def began(self, *names: str) -> None:
+        self.cluster.wait(lambda: {f"began-{name}" for name in names} <= self.did(), f"{names} began")
+
+
+@pytest.fixture
+def run(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    made = Run(tmp_path, cluster)
+    monkeypatch.setattr(slurm, "units_left", made.left)
+    monkeypatch.chdir(tmp_path)
+    yield made
+    if slurm.submissions(made.path):
+        slurm.cancel(made.path)
+        made.end()
+
+
+ALL = {step: {"COMPLETED"} for step in slurm.STEPS}
+
+
+def test_a_chain_runs_in_order_and_never_more_tasks_than_the_throttle(run):
+    submission = run.submit(8, throttle=3)
+    run.end()
+    assert run.states() == ALL
+    arrays = [job for job in submission.jobs if job.step == "work"]
+    assert [job.shards for job in arrays] == [tuple(range(6)), (6, 7)]  # MaxArraySize is 6
+    work = [run.did(f"work-{i}") for i in range(8)]
+    assert run.did("plan")["ended"] <= min(w["began"] for w in work)
+    ends = [run.did(step)["ended"] for step in ("cluster", "export", "report")]
+    assert [max(w["ended"] for w in work), *ends] == sorted([max(w["ended"] for w in work), *ends])
+    for w in work:
+        assert sum(v["began"] <= w["began"] < v["ended"] for v in work) <= 3
+    shown = subprocess.run(
+        ["bash", "-c", submission.tail.replace("tail -n +1 -F", "ls").replace("2>/dev/null", "")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert len(shown.stdout.splitlines()) == 8 + 4
+
+
+def test_jobs_get_what_was_asked_for_and_no_secrets(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", "/cache, with a comma")
+    monkeypatch.setenv("WANTED", "yes")
+    monkeypatch.setenv("SBATCH_EXPORT", "ALL")  # what a user's profile may hold
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "77")  # as inside of another job
+    submission = run.submit(
+        1,
+        gpus_per_task="2",
+        cpus_per_task=2,
+        mem="700M",
+        partition="high",
+        environment=("WANTED",),
+        sbatch_args=("work:--comment=mine",),
+    )
+    run.end()
+    assert run.states() == ALL
+    seen = run.did("work-0")
+    environment = seen["environment"]
+    assert "HF_TOKEN" not in environment and environment["WANTED"] == "yes"
+    assert environment["HF_HOME"] == "/cache, with a comma"
+    assert environment["SLURM_JOB_PARTITION"] == "high"
+    assert (environment["SLURM_GPUS_ON_NODE"], environment["SLURM_CPUS_PER_TASK"]) == ("2", "2")
+    assert environment["SLURM_MEM_PER_NODE"] == "700" and environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert "SLURM_GPUS_ON_NODE" not in run.did("report")["environment"]
+    assert seen["cwd"] == submission.cwd == str(Path.cwd())
+    everything = [path for path in run.path.rglob("*") if path.is_file() and path.parent.name != "did"]
+    assert everything and not any("hf_secret" in path.read_text() for path in everything)
+
+
+def test_a_task_that_failed_is_shown_and_it_alone_is_tried_again(run):
+    run.order("fail-3")
+    run.submit(5)
+    run.end()
+    assert run.states() == {
+        "plan": {"COMPLETED"},
+        "work": {"COMPLETED", "FAILED"},
+        "cluster": {"FAILED"},
+        "export": {"CANCELLED"},
+        "report": {"CANCELLED"},
+    }
+    task, refused, *_ = slurm.failures(run.path)
+    assert (task.shard, task.code, task.state) == (3, 1, "FAILED") and task.node in run.cluster.names
+    assert task.last_lines(1) == ["error: the video is on fire"]
+    assert refused.last_lines(1) == ["error: 1 units are left"]
+    again = run.retry(mem="600M")
+    assert [(job.step, job.shards) for job in again.jobs] == [
+        ("work", (3,)),
+        ("cluster", ()),
+        ("export", ()),
+        ("report", ()),
+    ]
+    assert again.request.mem == "600M"
+    run.end()
+    assert run.states() == ALL and not slurm.failures(run.path)
+    with pytest.raises(UserError, match="nothing failed and nothing is left"):
+        run.retry()
+
+
+def test_a_failed_task_whose_units_others_did_holds_nothing_up(run):
+    run.order("fail-1")
+    run.order("hold-0")
+    run.submit(2)
+    run.began("1-0")
+    (run.path / "did" / "work-1").write_text("{}")  # by another
+    run.drop("hold-0")
+    run.end()
+    assert run.states() == {**ALL, "work": {"COMPLETED", "FAILED"}}
+
+
+def test_a_retry_while_others_still_work_waits_for_both(run):
+    run.order("fail-1")
+    run.order("hold-0")
+    first = run.submit(3)
+    run.cluster.wait(lambda: any(task.failed for task in slurm.tasks_of(run.path)), "a failure")
+    again = run.retry()
+    assert [job.shards for job in again.jobs if job.step == "work"] == [(1,)]
+    run.cluster.wait(lambda: "work-1" in run.did(), "the shard again")
+    old = {job.job_id for job in first.jobs if job.step in ("cluster", "export", "report")}
+    run.cluster.wait(
+        lambda: {run.cluster.jobs()[job] for job in old} == {"CANCELLED"}, "the old chain is cancelled"
+    )
+    assert "cluster" not in run.did()
+    run.drop("hold-0")
+    run.end()
+    assert run.states() == ALL
+
+
+def test_a_warning_drains_a_task_and_it_puts_itself_back(run):
+    run.order("hold")
+    submission = run.submit(2)
+    run.began("0-0", "1-0")
+    (array,) = [job.job_id for job in submission.jobs if job.step == "work"]
+    run.cluster.client("scancel", "--signal=USR1", "--batch", f"{array}_1")
+    run.cluster.wait(lambda: "drained-1-SIGUSR1" in run.did(), "it drained")
+    run.cluster.wait(lambda: run.cluster.jobs()[f"{array}_1"] == "PENDING", "it waits again")
+    assert run.cluster.jobs()[f"{array}_0"] == "RUNNING"  # the other task is left alone
+    run.drop("hold")
+    run.end()
+    assert run.states() == ALL and "began-1-1" in run.did()
+    log = (submission.folder / f"work-{array}_1.log").read_text()
+    assert "start 1" in log and "exit 75" in log and "start 2" in log
+
+
+@pytest.mark.slow
+def test_the_warning_comes_before_the_time_limit(run):
+    run.order("hold")
+    submission = run.submit(1, time="1")
+    run.began("0-0")
+    (array,) = [job.job_id for job in submission.jobs if job.step == "work"]
+    run.cluster.wait(lambda: "drained-0-SIGUSR1" in run.did(), "the warning", 90)
+    run.cluster.wait(lambda: run.cluster.jobs()[f"{array}_0"] == "PENDING", "it waits again")
+    run.drop("hold")
+    run.end()
+    assert run.states() == ALL
+
+
+def test_a_preempted_task_drains_and_goes_on_later(run):
+    run.order("hold")
+    submission = run.submit(2)
+    run.began("0-0", "1-0")
+    (array,) = [job.job_id for job in submission.jobs if job.step == "work"]
+    urgent = run.cluster.client(
+        *("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null"),
+        *("--wrap", "sleep 3"),
+    ).strip()
+    run.cluster.wait(lambda: run.cluster.jobs()[urgent] == "COMPLETED", "the urgent job", release=True)
+    assert {"drained-0-SIGTERM", "drained-1-SIGTERM"} <= run.did()
+    assert "cluster" not in run.did()
+    run.drop("hold")
+    run.end()
+    assert run.states() == ALL and {"began-0-1", "began-1-1"} <= run.did()
+    assert run.did("work-0")["environment"]["SLURM_ARRAY_JOB_ID"] == array
+
+
+def test_a_dead_node_costs_its_tasks_a_restart(run):
+    run.order("hold-1")
+    submission = run.submit(2, cpus_per_task=2)  # one task a node
+    run.began("1-0")
+    run.cluster.wait(lambda: "work-0" in run.did(), "the other task")
+    (task,) = [t for t in slurm.tasks_of(run.path) if (t.step, t.shard) == ("work", 1)]
+    run.cluster.kill_node(task.node)
+    try:
+        run.cluster.wait(lambda: "began-1-1" in run.did(), "a start elsewhere", release=True)
+        assert run.did("began-1-1")["environment"]["SLURMD_NODENAME"] != task.node
+        run.drop("hold-1")
+        run.end()
+    finally:
+        run.cluster.start_node(task.node)
+    assert run.states() == ALL
+    assert len(slurm.submissions(run.path)) == 1 and submission.jobs
+
+
+def test_cancel_ends_everything_and_retry_goes_on(run):
+    run.order("hold")
+    run.submit(3)
+    run.began("0-0", "1-0", "2-0")
+    assert len(slurm.cancel(run.path)) == 4  # the plan was made
+    run.end()
+    assert run.states() == {step: {"CANCELLED"} for step in slurm.STEPS[1:]} | {"plan": {"COMPLETED"}}
+    assert {f"drained-{i}-SIGTERM" for i in range(3)} <= run.did() and "cluster" not in run.did()
+    assert slurm.cancel(run.path) == []
+    run.drop("hold")
+    again = run.retry()
+    assert [job.step for job in again.jobs] == ["work", "cluster", "export", "report"]
+    run.end()
+    assert run.states() == ALL
+
+
+def test_a_failed_plan_ends_the_chain_and_is_made_again_by_retry(run):
+    run.order("plan_fails")
+    run.submit(2)
+    run.end()
+    assert run.states() == {"plan": {"FAILED"}} | {step: {"CANCELLED"} for step in slurm.STEPS[1:]}
+    assert slurm.failures(run.path)[0].code == 3 and not run.did()
+    run.drop("plan_fails")
+    run.retry()
+    run.end()
+    assert run.states() == ALL
+
+
+def test_what_slurm_refuses_leaves_nothing_behind(run):
+    with pytest.raises(UserError, match=r"cluster\.sh: .*[Ii]nvalid partition"):
+        run.submit(2, sbatch_args=("cluster:--partition=nowhere",))
+    run.cluster.wait(lambda: not run.cluster.client("squeue", "-h").strip(), "an empty queue")
+    assert "cluster" not in run.did()
+    run.submit(2)
+    with pytest.raises(UserError, match="in Slurm's queue"):
+        run.submit(2)
+    run.end()
+    assert run.states() == ALL
+
+
+def test_planning_here_leaves_slurm_the_rest(run):
+    submission = run.submit(2, plan_here=True)
+    assert "SLURM_JOB_ID" not in run.did("plan")["environment"]
+    assert [job.step for job in submission.jobs] == list(slurm.STEPS[1:])
+    run.end()
+    assert run.states() == {step: {"COMPLETED"} for step in slurm.STEPS[1:]}
+
+
+def test_a_dry_run_prints_what_submit_does(run):
+    run.order("tasks", "7")
+    text = slurm.draft_run(run.cfg, Request(7, throttle=1), STAND_IN).text()
+    assert not (run.path / "slurm").exists()
+    subprocess.run(["bash", "-c", text], check=True, capture_output=True)
+    run.cluster.wait(lambda: "report" in run.did(), "the end of the chain")
+    work = sorted((run.did(f"work-{i}") for i in range(7)), key=lambda w: w["began"])
+    assert all(a["ended"] <= b["began"] for a, b in pairwise(work))
