@@ -77,8 +77,11 @@ def curate(
     cfg = run.config.decode.triage
     looks = Looks.of(run, units, workers, show)
     weights = looks.calibration(cfg.calibrate_clips, run.config.seed)
-    first, others = split(units, weights)
-    units = _replan(run, first, others)
+    # What is committed stays as it is, whoever did it: a unit's id must not vanish from the plan.
+    committed = run.committed_units()
+    done = [unit for unit in units if unit.unit_id in committed]
+    first, others = split((unit for unit in units if unit.unit_id not in committed), weights)
+    units = _replan(run, done, first, others)
     decode(first)
 
     state = run.read_json(RULES) or {}
@@ -92,11 +95,12 @@ def curate(
     ruled_out = looks.ruled_out(rules) - weights.keys()
     audit = {clip for clip in ruled_out if triage.audited(clip, cfg.audit)}
     out, needed = split(others, ruled_out - audit)
-    units = _replan(run, first, needed, out)
+    units = _replan(run, done, first, needed, out)
     decode(needed)
 
     if "recall" not in state:
-        recalls = looks.recalls(decisions(run), ruled_out - audit, audit, rules)
+        undecoded = {clip.clip_id for unit in out for clip in unit.clips}
+        recalls = looks.recalls(decisions(run), undecoded, audit, rules)
         state["recall"] = {group: asdict(recall) for group, recall in recalls.items()}
         state["refused"] = sorted(
             g for g, recall in recalls.items() if _refused(recall, cfg.recall, cfg.audit)
@@ -132,7 +136,7 @@ def split(units: Iterable[Unit], chosen: Iterable[str]) -> tuple[list[Unit], lis
 def _replan(run: RunDir, *parts: Sequence[Unit]) -> list[Unit]:
     units = [unit for part in parts for unit in part]
     if {unit.unit_id for unit in units} != set(run.units()["unit_id"].to_pylist()):
-        atomic.write_parquet(run.path / "plan" / "units.parquet", units_table(units))
+        atomic.write_parquet(run.plan_path, units_table(units))
     return units
 
 

@@ -31,7 +31,7 @@ STRATA = 16
 FOLDS = 5
 RIDGE = 0.3
 STRANGE = 6.0  # standard deviations; a clip unlike all that was calibrated on is decoded
-MARGINS = (1.0, 1.5, 2.0, 3.0)  # how much further out than a normal tail the threshold is tried
+MARGINS = (1.0, 1.15, 1.3, 1.5, 2.0, 3.0)  # how much further out than a normal tail the threshold is tried
 REASON = "triage: packet sizes unlike those of kept clips"
 
 
