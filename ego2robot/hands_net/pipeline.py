@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ego2robot_kernels import crops as kernels
 from torch import nn
 
 from ego2robot.errors import UserError
@@ -98,8 +99,9 @@ class HandNet(nn.Module):
         # Activations of more crops than that do not fit a core's share of the caches.
         self.hands_per_pass = 8 if torch.device(device).type == "cpu" else None
         place = torch.device(device)
-        coarse = dtype == torch.bfloat16
-        self.palm = _network(palm_path, palm.SIZE, place, torch.float32 if coarse else dtype)
+        self.dtype = dtype
+        self.palm_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+        self.palm = _network(palm_path, palm.SIZE, place, self.palm_dtype)
         self.landmark = _network(landmark_path, landmark.SIZE, place, dtype)
         self.register_buffer("anchors_A2", palm.anchors(device))
         if place.type == "cpu":
@@ -116,8 +118,12 @@ class HandNet(nn.Module):
                 Frames that hold NaN or infinity have no hands.
         """
         n_frames, height, width = frames_BHWC.shape[:3]
-        frames_BHWC = sampling.sound(frames_BHWC)
-        raw, logits = self.palm(sampling.letterbox(frames_BHWC, palm.SIZE))
+        if _has_kernels(frames_BHWC):
+            pictures = kernels.letterbox(frames_BHWC, palm.SIZE, self.palm_dtype)
+        else:
+            frames_BHWC = sampling.sound(frames_BHWC)
+            pictures = sampling.letterbox(frames_BHWC, palm.SIZE)
+        raw, logits = self.palm(pictures)
         palms = palm.find(raw, logits, self.anchors_A2, (height, width), self.max_hands, self.min_detection)
         rect_N4 = palms.rect_BK4.flatten(0, 1)
         frame_N = torch.arange(n_frames * self.max_hands, device=rect_N4.device) // self.max_hands
@@ -143,15 +149,24 @@ class HandNet(nn.Module):
         """Presence, left, landmarks and world landmarks of each rectangle: float32 [N, 128]."""
         if not len(rect_N4):
             return rect_N4.new_zeros(0, _COLUMNS)
-        planes_CLW = sampling.planes(frames_BHWC)
+        fused = _has_kernels(frames_BHWC)
+        planes_CLW = None if fused else sampling.planes(frames_BHWC)
         tables = []
         n = self.hands_per_pass or len(rect_N4)
         for frame, rect in zip(frame_N.split(n), rect_N4.split(n), strict=True):
-            picture = sampling.crops(planes_CLW, frames_BHWC.shape[1], frame, rect, landmark.SIZE)
+            if planes_CLW is None:
+                picture = kernels.crops(frames_BHWC, frame, rect, landmark.SIZE, self.dtype)
+            else:
+                picture = sampling.crops(planes_CLW, frames_BHWC.shape[1], frame, rect, landmark.SIZE)
             points, presence, right, metres = self.landmark(picture)
             points, metres = landmark.project(points, rect), landmark.world(metres, rect)
             tables.append(torch.cat((presence, 1 - right, points.flatten(1), metres.flatten(1)), 1))
         return torch.cat(tables)
+
+
+def _has_kernels(frames_BHWC: torch.Tensor) -> bool:
+    """Whether fused kernels read these frames as they are: bytes, on a GPU."""
+    return frames_BHWC.is_cuda and frames_BHWC.dtype == torch.uint8
 
 
 def _network(path: str | Path, size: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
