@@ -141,10 +141,12 @@ class FakeDriver:
     """What nvcuvid does, with libav in the place of the engine: a parser that calls back, surfaces by
     number, pitched and larger than the picture, that are overwritten when their number comes round."""
 
-    def __init__(self, codec: str) -> None:
-        self.decoder = av.CodecContext.create({"av1": "libdav1d"}.get(codec, codec), "r")
+    def __init__(self, info: VideoInfo) -> None:
+        self.decoder = av.CodecContext.create({"av1": "libdav1d"}.get(info.codec, info.codec), "r")
+        self.info = info
         self.surfaces: dict[int, tuple[av.VideoFrame, np.ndarray]] = {}
-        self.count = self.mapped = self.wanted = 0
+        self.decoding: dict[int, int] = {}  # pts to surface
+        self.next = self.mapped = self.wanted = 0
         self.out: list[int] = []
 
     def cuvidCreateVideoParser(self, handle: Any, parameters: Any) -> int:
@@ -167,34 +169,48 @@ class FakeDriver:
                 frames = self.decoder.decode(part)
             except av.FFmpegError:
                 return 0  # the driver says nothing either
-        for frame in frames:
-            if not self._put_out(frame):
+            if not self._decode(given.timestamp):
                 return 1
+        for frame in frames:
+            if frame.pts not in self.decoding and not self._decode(frame.pts):  # of the first packet
+                return 1
+            index = self.decoding.pop(frame.pts)
+            self.surfaces[index] = frame, self._stored(frame)
+            shown = cuvid._Display(index=index, progressive=1, timestamp=frame.pts)
+            if not self.calls.on_display(None, ctypes.pointer(shown)):
+                return 1
+        if given.flags & cuvid.PACKET_END:
+            self.decoding.clear()
         return 0
 
-    def _put_out(self, frame: av.VideoFrame) -> bool:
-        deep = frame.format.components[0].bits > 8
-        height, width = -(-frame.height // 16) * 16, -(-frame.width // 16) * 16
-        display = cuvid._Rect(0, 0, frame.width, frame.height)
+    def _decode(self, pts: int) -> bool:
+        sideways = self.info.rotation % 180
+        width, height = (
+            (self.info.height, self.info.width) if sideways else (self.info.width, self.info.height)
+        )
         form = cuvid._Format(
             min_surfaces=4,
-            coded_width=width,
-            coded_height=height,
-            display=display,
+            coded_width=-(-width // 16) * 16,
+            coded_height=-(-height // 16) * 16,
+            display=cuvid._Rect(0, 0, width, height),
             chroma=1,
-            bit_depth_minus_8=2 if deep else 0,
+            bit_depth_minus_8=self.info.bit_depth - 8,
         )
         if not self.wanted and not self.calls.on_sequence(None, ctypes.pointer(form)):
             return False
-        index = self.count % self.wanted
-        self.count += 1
-        if not self.calls.on_decode(None, ctypes.pointer(cuvid._PictureHead(index=index))):
-            return False
-        self.surfaces[index] = frame, self._stored(frame, height, width, deep)
-        shown = cuvid._Display(index=index, progressive=1, timestamp=frame.pts)
-        return bool(self.calls.on_display(None, ctypes.pointer(shown)))
+        if pts in self.decoding or not self.decoder.width:  # headers alone
+            return True
+        while self.next in self.decoding.values():
+            self.next = (self.next + 1) % self.wanted
+        self.decoding[pts] = self.next
+        self.surfaces.pop(self.next, None)
+        self.next = (self.next + 1) % self.wanted
+        head = cuvid._PictureHead(index=self.decoding[pts])
+        return bool(self.calls.on_decode(None, ctypes.pointer(head)))
 
-    def _stored(self, frame: av.VideoFrame, height: int, width: int, deep: bool) -> np.ndarray:
+    def _stored(self, frame: av.VideoFrame) -> np.ndarray:
+        deep = self.info.bit_depth > 8
+        height, width = -(-frame.height // 16) * 16, -(-frame.width // 16) * 16
         dtype = np.uint16 if deep else np.uint8
         rows = np.zeros((height + height // 2, width + 32), dtype)
         for index, plane in enumerate(frame.planes):
@@ -211,8 +227,11 @@ class FakeDriver:
         return 0
 
     def cuvidGetDecodeStatus(self, _: Any, index: int, status: Any) -> int:
-        corrupt = index in self.surfaces and self.surfaces[index][0].is_corrupt
-        status._obj.status = cuvid.CONCEALED if corrupt else 2
+        if index in self.decoding.values():
+            status._obj.status = cuvid.IN_PROGRESS
+        else:
+            corrupt = index in self.surfaces and self.surfaces[index][0].is_corrupt
+            status._obj.status = cuvid.CONCEALED if corrupt else 2
         return 0
 
     def cuvidMapVideoFrame64(self, _: Any, index: int, address: Any, pitch: Any, process: Any) -> int:
@@ -261,7 +280,7 @@ def driver(made: list[FakeDriver] | None = None) -> Reader:
     def reader(blob: Blob, info: VideoInfo, due: np.ndarray, spec: FrameSpec) -> Iterator[FrameBatch]:
         @contextmanager
         def engine(stream: av.VideoStream) -> Iterator[FakeEngine]:
-            fake = FakeDriver(info.codec)
+            fake = FakeDriver(info)
             if made is not None:
                 made.append(fake)
             with ExitStack() as stack:
@@ -600,6 +619,18 @@ def test_what_the_hardware_concealed_is_marked(long: dict[str, Path], tmp_path: 
     assert np.array_equal(times[good], expected_times[good])
     assert psnr(frames[good], expected[good]) >= 40
     assert made[0].mapped <= len(due) + 2  # what is not due stays where it is
+
+
+@pytest.mark.parametrize("at", [70, 72, 73, 107, 108])
+def test_concealed_damage_lasts_to_the_next_keyframe(at: int, long: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever kind of picture it hits; the group before the damage and the one after it are clean."""
+    path = damaged(long["mp4"], tmp_path / "a.mp4", at, at)
+    due = np.arange(360) / 30 + 0.002
+    frames, _, corrupt = read(driver(), path, due, SMALL)
+    clean, _, _ = read(of(PYAV), long["mp4"], due, SMALL)
+    assert min(psnr(frames[k], clean[k]) for k in np.flatnonzero(~corrupt)) >= 40
+    assert not corrupt[: 36 * (at // 36) - 8].any()
+    assert not corrupt[36 * (at // 36 + 2) :].any()
 
 
 def test_structures_are_as_long_as_the_drivers() -> None:

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import av
@@ -28,6 +28,7 @@ from ego2robot.types import Blob, FrameSpec, VideoInfo
 CODECS = ("h264", "hevc", "vp9", "av1")
 # Beyond what the stream needs: pictures that are out but not read yet, and some to decode ahead into.
 SPARE_SURFACES, DISPLAY_DELAY, MAX_SURFACES = 6, 2, 32
+UNKNOWN_SURFACES = 17  # a full picture buffer of H.264 or HEVC, and the one being decoded
 PACKET_END, PACKET_TIMESTAMP = 1, 2  # CUvideopacketflags
 IN_PROGRESS, ERROR, CONCEALED = 1, 8, 9  # cuvidDecodeStatus
 NV12, P016, WEAVE = 0, 1, 0  # cudaVideoSurfaceFormat, cudaVideoDeinterlaceMode
@@ -278,8 +279,11 @@ class DriverEngine:
         self._surfaces = 0
         self._mapped = 0  # address of the surface that is mapped
         self._begun = False
-        self._damaged = False  # since it was last told
-        self._unjudged: set[int] = set()  # surfaces that were being decoded when last asked about
+        self._damage: int | None = None  # pts of the latest picture that is damaged, until it is told
+        self._unjudged: dict[int, int] = {}  # surface to pts, that was being decoded when last asked about
+        self._sent = (0, 0)  # pts of the packet before, and of this one
+        self._lacking = 0  # packets of which no picture was decoded
+        self._lag = 0  # so many of them still may be: a picture is complete when the next begins
         self._shown: list[_Shown] = []
         self._times: deque[int | None] = deque()  # of VP9, whose parser gets times wrong
         self._error: BaseException | None = None  # from within a callback
@@ -318,8 +322,9 @@ class DriverEngine:
         if pts is None:
             raise DecoderError("its packets have no presentation times")
         self._begin()
-        if not self._begun:
-            self._begun = True
+        first = not self._begun
+        if first:
+            self._begun, self._sent, self._lacking, self._lag = True, (pts, pts), 0, 0
             if self._headers:
                 self._send(np.frombuffer(self._headers, np.uint8), pts)
         for part in self._start_codes(packet):
@@ -327,6 +332,12 @@ class DriverEngine:
                 if self._codec == "vp9":  # it never reorders
                     self._times.extend([pts] * vp9_shown(memoryview(part)))
                 self._send(np.frombuffer(part, np.uint8), pts)
+        self._lacking += 1
+        if first:
+            self._lag = min(self._lacking, 1)
+        elif self._lacking > self._lag and self._codec in ("h264", "hevc"):  # others show what is there
+            self._found_damage(self._whose)
+        self._lacking = min(self._lacking, self._lag)
         return self._found()
 
     def drain(self) -> list[Decoded]:
@@ -342,7 +353,7 @@ class DriverEngine:
         self._start_codes.reset()
         self._times.clear()
         self._unjudged.clear()
-        self._damaged = False
+        self._damage = None
 
     def close(self) -> None:
         """Gives the driver's objects back; nothing of it may be used any more."""
@@ -373,7 +384,9 @@ class DriverEngine:
         packet = _Packet(flags=PACKET_TIMESTAMP, timestamp=pts)
         if data is None:
             packet.flags = PACKET_END
+            self._sent = self._sent[1], self._sent[1]
         else:
+            self._sent = self._sent[1], pts
             packet.payload, packet.size = data.ctypes.data, len(data)
         status = self._nvcuvid.cuvidParseVideoData(self._parser, ctypes.byref(packet))
         error, self._error = self._error, None
@@ -386,10 +399,9 @@ class DriverEngine:
         self._judge()
         found = []
         for shown in self._shown:
-            damaged, self._damaged = self._damaged, False
-            found.append(
-                Decoded(shown.pts, damaged, lambda shown=shown: self._planes(shown), lasts=False)  # type: ignore[misc]
-            )
+            damage, self._damage = self._damage, None
+            planes = partial(self._planes, shown)
+            found.append(Decoded(shown.pts, False, planes, lasts=False, damage=damage))
         return found
 
     # -- called by the driver while it parses ------------------------------------------------------
@@ -420,7 +432,7 @@ class DriverEngine:
             return self._surfaces
         if now.chroma != hardware.CHROMA_420:
             raise DecoderError("its chroma is not 4:2:0")
-        self._surfaces = min(MAX_SURFACES, now.min_surfaces + SPARE_SURFACES)
+        self._surfaces = min(MAX_SURFACES, (now.min_surfaces or UNKNOWN_SURFACES) + SPARE_SURFACES)
         whole = _ShortRect(0, 0, now.coded_width, now.coded_height)
         wanted = _Create(
             width=now.coded_width,
@@ -446,16 +458,18 @@ class DriverEngine:
     def _picture(self, head: _PictureHead) -> int:
         if head.index in self._unjudged:
             self._judge()
-            self._unjudged.discard(head.index)
+            self._unjudged.pop(head.index, None)
         for shown in self._shown:  # not read yet, and about to be overwritten
             if shown.index == head.index and shown.copy is None:
                 y, uv, damaged = self._map(shown)
                 with torch.cuda.stream(self._stream):
                     shown.copy = y.clone(), uv.clone(), damaged
         status = self._nvcuvid.cuvidDecodePicture(self._decoder, ctypes.byref(head))
-        self._unjudged.add(head.index)
+        self._lacking -= 1
         if status:
-            self._damaged = True
+            self._found_damage(self._whose)
+        else:
+            self._unjudged[head.index] = self._whose
         return 1
 
     def _display(self, info: _Display) -> int:
@@ -474,13 +488,22 @@ class DriverEngine:
 
     def _judge(self) -> None:
         """Asks for the outcome of what was being decoded."""
-        for index in tuple(self._unjudged):
+        for index, pts in tuple(self._unjudged.items()):
             found = _Status()
             if self._nvcuvid.cuvidGetDecodeStatus(self._decoder, index, ctypes.byref(found)):
-                self._unjudged.discard(index)  # not known for this codec
+                del self._unjudged[index]  # not known for this codec
             elif found.status != IN_PROGRESS:
-                self._unjudged.discard(index)
-                self._damaged |= found.status in (ERROR, CONCEALED)
+                del self._unjudged[index]
+                if found.status in (ERROR, CONCEALED):
+                    self._found_damage(pts)
+
+    @property
+    def _whose(self) -> int:
+        """pts of the packet that a picture came in which is decoded now."""
+        return self._sent[0] if self._lag else self._sent[1]
+
+    def _found_damage(self, pts: int) -> None:
+        self._damage = pts if self._damage is None else max(self._damage, pts)
 
     def _map(self, shown: _Shown) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Planes of what is shown, once it is decoded, and whether damage came to light."""
@@ -498,8 +521,8 @@ class DriverEngine:
         if status:
             raise DecoderError(f"the driver does not hand out a picture (error {status})")
         self._mapped = address.value
-        self._judge()  # all that was decoded before it is judged by now
-        damaged, self._damaged = self._damaged, False
+        self._judge()  # all that was decoded before it can be judged now
+        damaged = self._damage is not None
         dtype = torch.uint16 if self._format.bit_depth_minus_8 else torch.uint8
         height, width = self._format.coded_height, self._format.coded_width
         chroma = address.value + pitch.value * (height + height % 2)

@@ -62,7 +62,7 @@ class Planes(NamedTuple):
     Attributes:
         luma: uint8, or uint16 with the value in the high bits, [H, W], any row stride.
         chroma: same type, [ceil(H / 2), ceil(W / 2), 2].
-        damaged: what is only known once it is decoded: damage came to light since the picture before.
+        damaged: it is not to be used; what else is damaged is told with the next picture.
     """
 
     luma: torch.Tensor
@@ -80,12 +80,14 @@ class Decoded(NamedTuple):
         pts: of the packet it came in, in the stream's time base; None where that had none.
         planes: its planes; only called before the engine gets its next packet, unless ``lasts``.
         lasts: the planes stay as they are for as long as this is held.
+        damage: pts of the latest picture, shown or yet to come, that was found to be damaged by now.
     """
 
     pts: int | None
     corrupt: bool
     planes: Callable[[], Planes]
     lasts: bool
+    damage: int | None = None
 
 
 class Engine(Protocol):
@@ -472,13 +474,15 @@ class PacketSource:
             if broken:
                 at = when * tick if when is not None else expected
                 damage, after_damage = max(at, damage or at), True
-            for pts, corrupt, planes, lasts in found:
+            for pts, corrupt, planes, lasts, damage_pts in found:
                 if pts is not None and known.start is not None and pts < known.start:
                     continue
                 time_s = pts * tick if pts is not None else max(last + step, 0.0)
                 duration, dropped = known.pop(pts)
                 if dropped is not None and self._engine.silent and dropped * tick > last:
                     damage, after_damage = max(dropped * tick, damage or -math.inf), True
+                if damage_pts is not None and (known.start is None or damage_pts >= known.start):
+                    damage, after_damage = max(damage_pts * tick, damage or -math.inf), True
                 if corrupt:
                     damage, after_damage = max(time_s, damage or time_s), True
                 elif damage is not None and time_s > damage and pts in known.keys:
