@@ -190,10 +190,30 @@ def run_group(command: Sequence[str], budget_s: float) -> tuple[int | None, str]
 
 
 def end_group(job: subprocess.Popen[Any]) -> None:
-    """Ends what is left of a job that was started with ``start_new_session``, itself included."""
+    """Ends what is left of a job that was started with ``start_new_session``: itself, its session, and
+    what it started in sessions of their own."""
+    others = descendants(job.pid)
     with suppress(ProcessLookupError):  # all of it is gone already
         os.killpg(job.pid, signal.SIGKILL)
+    for pid in others:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     job.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that ``pid`` started, and those that they started, as far as all still live."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            # The name may hold anything; after it come the state and the parent.
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found, look = [], [pid]
+    while look:
+        look = [child for one in look for child in children.get(one, [])]
+        found += look
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:

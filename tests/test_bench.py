@@ -213,7 +213,8 @@ def test_a_part_that_hangs_is_ended_with_its_children(
     pid = tmp_path / "pid"
     code = (
         "import subprocess, sys\ndef run(quick):\n"
-        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "    sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "    child = subprocess.Popen(sleep, start_new_session=True)\n"
         f"    open({str(pid)!r}, 'w').write(str(child.pid))\n    child.wait()"
     )
     part_of("hangs", tmp_path, monkeypatch, code)
