@@ -569,7 +569,11 @@ class _Footage:
             )
         backend, _ = policy.pick(source.info, self._run.config.decode.backend, "cpu")
         clips = [self._clips[clip_id] for clip_id in clip_ids]
-        yield from decode.read_clips(source.name, source.blob, source.info, clips, self._spec, backend, "cpu")
+        # Decoded as they were when hands were looked for: the landmarks are of these very frames.
+        fast = self._run.config.decode.mode == "fast"
+        yield from decode.read_clips(
+            source.name, source.blob, source.info, clips, self._spec, backend, "cpu", fast
+        )
 
     def hands(self, pick: Chosen) -> list[Hand]:
         """The detected hands of a clip, by frame and side; from one part, kept until the next is needed."""
