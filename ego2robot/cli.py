@@ -89,9 +89,14 @@ def run(
         str, typer.Argument(help="A recipe's name (demo, folder, egocentric10k …) or a YAML file.")
     ],
     overrides: Overrides = None,
+    fast: Annotated[
+        bool | None,
+        typer.Option("--fast/--exact", help="decode.mode: leave out pictures that no other refers to."),
+    ] = None,
 ) -> None:
     """Run a recipe: videos to clips, embeddings, skills, dataset, report. Goes on where it stopped."""
-    cfg = config.load(recipe, overrides or ())
+    mode = [] if fast is None else [f"decode.mode={'fast' if fast else 'exact'}"]
+    cfg = config.load(recipe, [*(overrides or ()), *mode])
     from ego2robot import pipeline
     from ego2robot.console import display, funnel_text
     from ego2robot.report import funnel
