@@ -111,7 +111,8 @@ class Lane:
     def _decode(self, unit: Unit) -> Iterator[ClipFrames | decode.ClipFailure]:
         video, cfg = unit.video, self._work.cfg
         assert video.info is not None
-        backend, _ = policy.pick(video.info, cfg.decode.backend, self._work.device)
+        decoded_s = sum(clip.end_s - clip.start_s for clip in unit.clips)
+        backend, _ = policy.pick(video.info, cfg.decode.backend, self._work.device, decoded_s)
         device, fast = self._work.device, cfg.decode.mode == "fast"
         return decode.read_clips(
             video.name, video.blob, video.info, unit.clips, self._spec, backend, device, fast
