@@ -260,6 +260,30 @@ def test_a_preempted_task_drains_and_goes_on_later(run):
     assert run.did("work-0")["environment"]["SLURM_ARRAY_JOB_ID"] == array
 
 
+def test_the_warning_of_a_grace_time_is_used(cluster, tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="e2r-slurm-") as folder:
+        parameters = ["SlurmctldParameters=preempt_send_user_signal"]
+        graceful = Cluster(Path(folder) / "c", nodes=1, grace=60, parameters=parameters)
+        run = Run(tmp_path, graceful)
+        monkeypatch.setenv("SLURM_CONF", str(graceful.conf))
+        monkeypatch.setattr(slurm, "units_left", run.left)
+        try:
+            graceful.start()
+            run.order("hold")
+            run.submit(1)
+            run.began("0-0")
+            urgent = graceful.client(
+                *("sbatch", "--parsable", "-p", "high", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+            ).strip()
+            graceful.wait(lambda: "drained-0-SIGUSR1" in run.did(), "the warning", 30)
+            graceful.wait(lambda: graceful.jobs()[urgent] == "COMPLETED", "the urgent job", 30)
+            run.drop("hold")
+            run.end()
+            assert run.states() == ALL and "began-0-1" in run.did()
+        finally:
+            graceful.stop()
+
+
 def test_a_dead_node_costs_its_tasks_a_restart(run):
     run.order("hold-1")
     submission = run.submit(2, cpus_per_task=2)  # one task a node
