@@ -374,7 +374,7 @@ class Watching:
 
     def figures(self) -> dict[str, Any]:
         if not self._readings:
-            return {"driver": "nvidia-smi gave no readings"}
+            return {"readings": "nvidia-smi gave none"}
         memory, load, decoder = zip(*self._readings, strict=True)
         return {
             "peak_device_memory_MiB": max(memory),

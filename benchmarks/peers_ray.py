@@ -92,7 +92,7 @@ def do(job: Job) -> dict[str, Any]:
             lambda batch: {**batch, "clip": batch["frame_index"] // (step * length)}, batch_size=36
         )
         # So little that actors of both kinds and the readers beside them share the cores.
-        actors = {"concurrency": job.processes, "num_cpus": 0.25}
+        actors = {"concurrency": job.processes, "num_cpus": 0.05}
         scored = frames.groupby(["path", "clip"]).map_groups(Score, fn_constructor_args=(job, step), **actors)
         done = scored.map_batches(Embed, batch_size=1, fn_constructor_args=(job,), **actors)
         rows = done.take_all()
