@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,15 @@ from ego2robot.skills.assignment import Fit, Work, assign_rows
 from ego2robot.skills.kmeans import kmeans, nearest_by
 from ego2robot.skills.vectors import Vectors, hashed, sample
 from ego2robot.store.rundir import RunDir
-from tests.test_skills import blobs, check_consistent, frame, ids, make_run, skills
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.test_skills import (  # noqa: F401  # one_thread is a fixture
+    blobs,
+    check_consistent,
+    frame,
+    ids,
+    make_run,
+    one_thread,
+    skills,
+)
 
 
 @pytest.fixture
@@ -265,6 +264,7 @@ def _shard(path: Path, index: int, die_after: int | None) -> None:
     cluster_shard(RunDir.open(path), skills(**SETTINGS), 3, Shard(index, 2))
 
 
+@pytest.mark.slow
 def test_shards_that_run_at_once_and_are_killed_end_with_the_same_tables(
     tmp_path: Path, small_units: None
 ) -> None:

@@ -20,7 +20,7 @@ from ego2robot.skills.vectors import Vectors
 from ego2robot.store.rundir import RunDir
 from tests.test_clip import folder as clip_folder  # noqa: F401  # a fixture
 from tests.test_clip import load
-from tests.test_skills import blobs, ids, make_run, skills
+from tests.test_skills import blobs, ids, make_run, one_thread, skills  # noqa: F401  # a fixture
 
 TEXTS = ["tightening a screw", "wiping a table", "packing a box"]
 
