@@ -184,11 +184,11 @@ def run(quick: bool, overrides: Sequence[str] = (), turns: int | None = None) ->
     peaks: dict[str, int] = {}
     turns = turns or (1 if quick else 2)
     for turn in range(turns):
-        for name, answers in found.items():
+        for name in ("curation", "all") if turn == 0 else ("all",):
             run_dir = folder / f"ours-{name}-{turn}"
             job = {"footage": str(videos), "run_dir": str(run_dir), "embed": name == "all"}
             with MemoryWatch() as memory:
-                answers.append(call("end_to_end.py", {**job, "overrides": list(overrides)}, folder))
+                found[name].append(call("end_to_end.py", {**job, "overrides": list(overrides)}, folder))
             peaks[name] = max(peaks.get(name, 0), memory.peak)
         if not staged:
             planned = job_for(RunDir.open(folder / "ours-all-0"), folder, True, cores)
