@@ -194,9 +194,10 @@ def run(quick: bool, overrides: Sequence[str] = (), turns: int | None = None) ->
             planned = job_for(RunDir.open(folder / "ours-all-0"), folder, True, cores)
             (CACHE / "job.json").write_text(json.dumps(planned), encoding="utf-8")
             staged = call("staged.py", planned, folder)
-    few = {**planned, "tasks": planned["tasks"][:: 1 if quick else 4], "processes": 1, "as_reference": True}
-    reference = call("staged.py", few, scratch("reference"))
-    shutil.rmtree(CACHE / "scratch-reference")
+    aside = scratch("reference")
+    few = {**planned, "tasks": planned["tasks"][:: 1 if quick else 4], "processes": 1, "folder": str(aside)}
+    reference = call("staged.py", {**few, "as_reference": True}, aside)
+    shutil.rmtree(aside)
     last = RunDir.open(folder / f"ours-all-{turns - 1}")
     mine = decisions(last)
     result = {
