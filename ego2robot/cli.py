@@ -17,6 +17,8 @@ from ego2robot import __version__, config
 from ego2robot.errors import UserError, VideoError
 
 EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, EXIT_FOUND = 130, 143, 2, 1
+MOST_WORKERS = 16  # that `status` lists
+EXIT_DRAINED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 DISK_ERRORS = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "disk quota used up",
@@ -105,6 +107,69 @@ def run(
         outcome = pipeline.run(cfg, show, tell)
     print(funnel_text(funnel(outcome.run)))
     _print_run_end(outcome)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name (demo, folder, egocentric10k …) or a YAML file.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Make a recipe's run directory and plan, for `ego2robot work`. Again: adds the videos that are new."""
+    cfg = config.load(recipe, overrides or ())
+    from ego2robot import pipeline
+    from ego2robot.console import display
+
+    with display() as (show, tell):
+        planned = pipeline.plan(cfg, show, tell)
+    print(f"{cfg.run_dir}: {planned.n_units} units of {planned.videos} videos, {planned.added} of them new")
+
+
+@app.command()
+def work(
+    run: RunArg,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Where to begin, I from 0; everybody may do everything.")
+    ] = None,
+) -> None:
+    """Work on a planned run, with any number of others on any number of machines.
+
+    Exit 75 at SIGTERM or SIGUSR1: what was complete is committed, start it again to go on.
+    """
+    from ego2robot.jobs.drain import Drain, Drained
+
+    with Drain().on(signal.SIGTERM, signal.SIGUSR1) as drain:  # before what takes long to import
+        from ego2robot import pipeline
+        from ego2robot.console import display
+        from ego2robot.jobs.claims import Shard
+
+        where = Shard.parse(shard) if shard is not None else None
+        with display() as (show, tell):
+            try:
+                pipeline.work(run, overrides or (), where, drain, show, tell)
+            except Drained:
+                tell("drained: what was complete is committed; start it again to go on")
+                raise typer.Exit(EXIT_DRAINED) from None
+    print(f"{run}: every unit is committed")
+
+
+@app.command()
+def repair(run: RunArg, overrides: Overrides = None) -> None:
+    """Drop what `verify` finds broken, and do exactly that again. Exit 1 if something is left."""
+    from ego2robot import pipeline
+    from ego2robot.console import display
+
+    with display() as (show, tell):
+        mended, verdict = pipeline.repair(run, overrides or (), show, tell)
+    print(
+        f"{mended.parts} parts and {mended.units} units dropped and done again, {mended.strays} files removed"
+    )
+    for problem in verdict.problems:
+        print(f"problem: {problem}")
+    if not verdict.ok:
+        raise typer.Exit(EXIT_FOUND)
 
 
 def _print_run_end(outcome: Any) -> None:
@@ -274,17 +339,34 @@ def verify(
 
 @app.command()
 def status(
-    run: RunArg, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
+    run: RunArg,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until it is done.")] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between, with --watch.")] = 5.0,
 ) -> None:
-    """How far a run is."""
-    from ego2robot.console import duration
+    """How far a run is and who works on it, from any machine that sees its directory."""
+    import time
+
     from ego2robot.jobs.status import status as look
     from ego2robot.store.rundir import RunDir
 
-    s = look(RunDir.open(run))
-    if as_json:
-        print(json.dumps(s.to_dict()))
-        return
+    opened = RunDir.open(run)
+    while True:
+        s = look(opened)
+        if watch and sys.stdout.isatty():
+            print("\033[H\033[2J", end="")
+        if as_json:
+            print(json.dumps(s.to_dict()), flush=True)
+        else:
+            _print_status(s)
+        if not watch or s.state in ("curated", "finished"):
+            return
+        time.sleep(every)
+
+
+def _print_status(s: Any) -> None:
+    from ego2robot.console import duration
+
     print(f"{s.run}: {s.state}")
     print(f"clips      {s.clips_done}/{s.clips}: {s.kept} kept, {s.dropped} dropped, {s.failed} failed")
     print(f"units      {s.units_done}/{s.units} of {s.videos} videos")
@@ -293,6 +375,20 @@ def status(
         print(f"rate       {s.clips_per_s:.2f} clips/s, {s.video_hours_per_hour:.1f} video-h/h{eta}")
     if waits := [f"{name} {share:.0%}" for name, share in s.stalls.items() if share >= 0.01]:
         print(f"stalls     {', '.join(waits)} of its time")
+    here = [worker for worker in s.workers if worker.here]
+    for worker in here[:MOST_WORKERS]:
+        rate = f"{worker.clips_per_s:.2f} clips/s" if worker.clips_per_s else "no rate yet"
+        gpu = "".join(
+            f", GPU {g['index']:g}: {g.get('utilization.gpu', 0):g} %, "
+            f"video engines {g.get('utilization.decoder', 0):g} %"
+            for g in worker.gpus
+        )
+        silent = f", silent for {duration(worker.age_s)}" if worker.age_s > 60 else ""
+        print(f"worker     {worker.name}: {rate}{', slow' if worker.slow else ''}{silent}{gpu}")
+    if len(here) > MOST_WORKERS:
+        print(f"           and {len(here) - MOST_WORKERS} more, faster ones")
+    if s.retried:
+        print("retried    " + ", ".join(f"{n} {kind}" for kind, n in s.retried.items()))
     if s.refused:
         print("quarantine " + ", ".join(f"{n} {kind}" for kind, n in s.refused.items()))
     print("embeddings " + (", ".join(s.embeddings) or "none yet"))

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 import typing
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from ego2robot import config, models
-from ego2robot.errors import UserError, VideoError
+from ego2robot.errors import UserError
 from ego2robot.export.lerobot import ExportResult, export_lerobot
 from ego2robot.jobs import plan as planning
 from ego2robot.jobs import triage
-from ego2robot.jobs.embedding import Batches, PendingUnit, tables
+from ego2robot.jobs.claims import Shard
+from ego2robot.jobs.drain import Drain
 from ego2robot.jobs.lane import lane
-from ego2robot.jobs.pool import Event, Pool
-from ego2robot.jobs.worker import SCORES, WAITS, Scoring, scoring
+from ego2robot.jobs.pool import Pool
+from ego2robot.jobs.repair import Mended, drop_broken
+from ego2robot.jobs.verify import Verdict, verify
+from ego2robot.jobs.work import Member, settle, together
+from ego2robot.jobs.work import work as share_work
+from ego2robot.jobs.worker import SCORES, Scoring, scoring
 from ego2robot.progress import Progress, Show, Tell
 from ego2robot.report import write_report
 from ego2robot.skills import cluster
@@ -37,10 +38,8 @@ from ego2robot.stages.labels import PromptLabels
 from ego2robot.stages.videomae import VideoMAE
 from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir, code_versions
+from ego2robot.store.units import units_from_table
 from ego2robot.types import Unit
-
-COMMIT_CLIPS, COMMIT_SECONDS = 512, 30.0  # a commit is due at either: bounds loss, and the number of files
-METRICS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -62,37 +61,125 @@ def run(cfg: config.Config, show: Show = lambda _: None, tell: Tell = lambda _: 
         UserError: nothing can be done with this configuration; says why and what to do.
         KeyboardInterrupt: after everything that was complete is committed.
     """
+    run_dir, embedders, labels = _opened(cfg, tell)
+    with run_dir.alone(), Member(run_dir) as member:
+        show(Progress("planning"))
+        planned = planning.plan(run_dir, lambda n: show(Progress("planning", n)))
+        if planned.reused:
+            tell(f"going on with this run's plan of {planned.videos} videos; the source is not listed again")
+        _check_plan(planned, cfg, tell)
+        _curate(run_dir, embedders, labels, show, tell, member)
+        settle(run_dir, member)
+        return _finish(run_dir, show)
+
+
+def plan(cfg: config.Config, show: Show = lambda _: None, tell: Tell = lambda _: None) -> planning.Planned:
+    """Makes the run directory of a recipe and its plan; where there is one, adds the videos that are new."""
+    run_dir, _, _ = _opened(cfg, tell)
+    with run_dir.alone():
+        planned = planning.plan(run_dir, lambda n: show(Progress("planning", n)), add=True)
+    _check_plan(planned, cfg, tell)
+    return planned
+
+
+def work(
+    path: Path,
+    overrides: Sequence[str] = (),
+    shard: Shard | None = None,
+    drain: Drain | None = None,
+    show: Show = lambda _: None,
+    tell: Tell = lambda _: None,
+) -> RunDir:
+    """Works on a planned run, with as many others as there are, until every unit is committed.
+
+    Args:
+        overrides: ``key=value`` of what may differ between the processes of a run, such as ``workers=4``.
+
+    Raises:
+        Drained: it was asked to stop before.
+        UserError: there is no plan, or this machine would make other rows.
+    """
+    opened = RunDir.open(path)
+    if not opened.planned:
+        raise UserError(f"{path}: no plan yet; make it with `ego2robot plan RECIPE run_dir={path}`")
+    tree = config.apply(config.to_dict(opened.config), [*overrides, f"run_dir={path}"])
+    run_dir, embedders, labels = _opened(config.build(tree, "command line"), tell)
+    with Member(run_dir) as member:
+        _curate(run_dir, embedders, labels, show, tell, member, shard, drain)
+        settle(run_dir, member)
+    return run_dir
+
+
+def repair(
+    path: Path, overrides: Sequence[str] = (), show: Show = lambda _: None, tell: Tell = lambda _: None
+) -> tuple[Mended, Verdict]:
+    """Drops exactly what ``verify`` finds broken in a run, does it again, and verifies.
+
+    Raises:
+        UserError: another process works on the run.
+    """
+    run_dir = RunDir.open(path)
+    show(Progress("verifying"))
+    verdict = verify(run_dir)
+    with run_dir.alone(), Member(run_dir) as member:
+        member.require_alone(tell)
+        mended = drop_broken(run_dir, verdict)
+    for problem in verdict.problems:
+        tell(problem)
+    if mended.units or mended.parts:
+        work(path, overrides, show=show, tell=tell)
+    show(Progress("verifying"))
+    return mended, verify(run_dir)
+
+
+def _opened(cfg: config.Config, tell: Tell) -> tuple[RunDir, list[Embedder], PromptLabels | None]:
     config.check_together(cfg)
     _device(cfg.device)
     # Where there are GPUs each has a process with models of its own; here only words are embedded.
     embedders, labels = load_embedders(cfg, "cpu", tell)
-    run_dir = RunDir.create_or_resume(cfg.run_dir, cfg, fingerprint(cfg, embedders))
-    with run_dir.alone():
-        return _run(run_dir, embedders, labels, show, tell)
+    return RunDir.create_or_resume(cfg.run_dir, cfg, fingerprint(cfg, embedders)), embedders, labels
 
 
-def _run(
-    run_dir: RunDir, embedders: Sequence[Embedder], labels: PromptLabels | None, show: Show, tell: Tell
-) -> Outcome:
-    cfg = run_dir.config
-    show(Progress("planning"))
-    planned = planning.plan(run_dir, lambda n: show(Progress("planning", n)))
-    run_dir.remove_leftovers()
-    if planned.reused:
-        tell(f"going on with this run's plan of {planned.videos} videos; the source is not listed again")
+def _check_plan(planned: planning.Planned, cfg: config.Config, tell: Tell) -> None:
     for problem in planned.problems:
         tell(str(problem))
     planning.require_units(planned, cfg.source.path)
-    gate = calibrate(run_dir, planned.units, show)
 
-    def curate(units: Sequence[Unit]) -> None:
-        score_and_embed(run_dir, units, gate, embedders, labels, show, tell)
 
-    if cfg.decode.triage.enabled:
-        triage.curate(run_dir, planned.units, curate, cfg.workers or len(os.sched_getaffinity(0)), show, tell)
-    else:
-        curate(planned.units)
+def _curate(
+    run_dir: RunDir,
+    embedders: Sequence[Embedder],
+    labels: PromptLabels | None,
+    show: Show,
+    tell: Tell,
+    member: Member,
+    shard: Shard | None = None,
+    drain: Drain | None = None,
+) -> None:
+    """Rows for every clip of the plan, together with whoever else works on this run."""
+    gate = calibrate(run_dir, member, show)
 
+    def curate(units: Sequence[Unit] | None) -> None:
+        more = (member, shard, drain)
+        score_and_embed(run_dir, units, gate, embedders, labels, show, tell, *more)
+
+    cfg = run_dir.config
+    if not cfg.decode.triage.enabled:
+        curate(None)
+        return
+    workers = cfg.workers or len(os.sched_getaffinity(0))
+    together(
+        run_dir,
+        member,
+        lambda units, decode: triage.curate(run_dir, units, decode, workers, show, tell),
+        curate,
+        drain,
+    )
+
+
+def _finish(run_dir: RunDir, show: Show) -> Outcome:
+    """What is made of the rows: skills, the dataset, the report."""
+    cfg = run_dir.config
     warnings: list[str] = []
     show(Progress("clustering"))
     found = cluster(run_dir, cfg.skills, cfg.seed, lambda step: show(Progress(f"clustering: {step}")))
@@ -118,103 +205,70 @@ def _run(
 
 def score_and_embed(
     run_dir: RunDir,
-    units: Sequence[Unit],
+    units: Sequence[Unit] | None,
     gate: gates.Gate,
     embedders: Sequence[Embedder],
     labels: PromptLabels | None,
     show: Show,
     tell: Tell,
+    member: Member | None = None,
+    shard: Shard | None = None,
+    drain: Drain | None = None,
 ) -> None:
-    """Every unit that is not committed yet: children decode and gate, this process embeds and commits."""
+    """Some units of the plan (None: all) that are not committed yet: children decode and gate, this process
+    embeds and commits. Returns when all are committed, by whomever.
+
+    Raises:
+        Drained: it was asked to stop before.
+    """
     cfg = run_dir.config
-    committed = run_dir.committed_units()
-    todo = [unit for unit in units if unit.unit_id not in committed]
-    meter = Meter(run_dir, units, committed, show)
-    if not todo:
-        return
-    batches = {e.name: Batches(e, labels if e.name == "clip" else None, meter.seconds) for e in embedders}
-    committer = Committer(run_dir, _schemas(cfg, embedders), meter)
-    work = Scoring(cfg, gate, tuple(e.preprocess for e in embedders), hands_dtype=_hands_dtype(run_dir))
-    pool, meter.threads = _pool(work, len(todo))
-    active: dict[str, PendingUnit] = {}
-    try:
-        with closing(pool.run(todo)) as events:
-            for event in meter.timed(events):
-                unit = active.setdefault(event.task.unit_id, PendingUnit(event.task))
-                _take(event, unit, batches, meter, tell)
-                for key in [key for key, pending in active.items() if pending.complete]:
-                    committer.add(active.pop(key))
-                meter.tick()
-        for batch in batches.values():
-            batch.flush()
-        for pending in active.values():
-            committer.add(pending)
-    finally:  # also on Ctrl-C: what is complete is kept
-        committer.commit()
-        meter.tick(event="stopped", force=True)
-    meter.tick(event="done", force=True)
+    scoring_work = Scoring(
+        cfg, gate, tuple(e.preprocess for e in embedders), hands_dtype=_hands_dtype(run_dir)
+    )
+    only = None if units is None else [unit.unit_id for unit in units]
+    with nullcontext(member) if member else Member(run_dir) as who:
+        share_work(
+            run_dir, lambda n: _pool(scoring_work, n), _schemas(cfg, embedders), embedders, labels,
+            show, tell, who, shard, drain, only,
+        )  # fmt: skip
 
 
-def _take(event: Event, unit: PendingUnit, batches: Mapping[str, Batches], meter: Meter, tell: Tell) -> None:
-    """One event of the pool into the unit that it is about."""
-    unit.attempt = event.attempt
-    if event.kind == "item":
-        for stage, seconds in event.value.seconds.items():
-            meter.seconds[stage] += seconds
-        clip = unit.add(event.value, list(batches))
-        meter.clip(clip.row)
-        for name, prepared in event.value.prepared.items():
-            batches[name].add(clip, prepared)
-        for name, vector in event.value.vectors.items():
-            batches[name].accept(clip, vector)
-    elif event.kind == "done":
-        unit.end()
-    elif event.kind == "error":
-        unit.end("decode", event.value)
-        tell(str(unit.refusals[-1][3]))
-    elif event.again:  # crashed or hung: once more, from its start
-        for batch in batches.values():
-            batch.forget(unit.clips)
-        for clip in unit.clips.values():
-            meter.clip(clip.row, -1)
-        unit.clips.clear()
-        unit.refusals.clear()
-    else:
-        kind = "crash" if event.kind == "crashed" else "timeout"
-        hint = "the rest of the video's clips are given up; check the file with `ffmpeg -v error -i`"
-        unit.end("decode", VideoError(unit.unit.video.name, str(event.value), hint, kind))
-        tell(str(unit.refusals[-1][3]))
+def calibrate(run_dir: RunDir, member: Member, show: Show = lambda _: None) -> gates.Gate:
+    """The thresholds of a run; quantiles are taken once, over the clips with the lowest ids, and kept.
 
-
-def calibrate(run_dir: RunDir, units: Sequence[Unit], show: Show = lambda _: None) -> gates.Gate:
-    """The thresholds of a run; quantiles are taken once, over the clips with the lowest ids, and kept."""
+    One process does it; the others wait for it, or take over when it dies.
+    """
     path = run_dir.path / "plan" / "gate.json"
-    stored = run_dir.read_json("plan/gate.json")
-    if stored is not None:
-        return gates.Gate(**stored)
+    while (stored := run_dir.read_json("plan/gate.json")) is None:
+        with member.duty("gate") as mine:
+            if mine and not path.is_file():
+                atomic.write_json(path, {**_calibrated(run_dir, show).__dict__})
+        if not mine:
+            show(Progress("waiting for the gate's calibration"))
+            member.wait()
+    return gates.Gate(**stored)
+
+
+def _calibrated(run_dir: RunDir, show: Show) -> gates.Gate:
     cfg = run_dir.config
-    gate = gates.resolve(cfg.gate)
-    if gates.needs_calibration(cfg.gate):
-        ids = sorted(clip.clip_id for unit in units for clip in unit.clips)
-        chosen = set(ids[: cfg.gate.calibrate_clips])
-        sample = [
-            Unit(unit.unit_id, unit.video, clips, unit.cost_s)
-            for unit in units
-            if (clips := tuple(clip for clip in unit.clips if clip.clip_id in chosen))
-        ]
-        scores: dict[str, dict[str, float]] = {}
-        work = Scoring(cfg, None, hands_dtype=_hands_dtype(run_dir))
-        pool, _ = _pool(work, len(sample))
-        with closing(pool.run(sample)) as events:
-            for event in events:
-                if event.kind == "item" and event.value.scores:
-                    scores[event.value.clip.clip_id] = event.value.scores
-                    show(Progress("calibrating the gate", len(scores), len(chosen)))
-        gate = gates.resolve(
-            cfg.gate, {name: [s[name] for s in scores.values() if name in s] for name in SCORES}
-        )
-    atomic.write_json(path, {**gate.__dict__})
-    return gate
+    if not gates.needs_calibration(cfg.gate):
+        return gates.resolve(cfg.gate)
+    units = units_from_table(run_dir.units())
+    ids = sorted(clip.clip_id for unit in units for clip in unit.clips)
+    chosen = set(ids[: cfg.gate.calibrate_clips])
+    sample = [
+        Unit(unit.unit_id, unit.video, clips, unit.cost_s)
+        for unit in units
+        if (clips := tuple(clip for clip in unit.clips if clip.clip_id in chosen))
+    ]
+    scores: dict[str, dict[str, float]] = {}
+    pool, _ = _pool(Scoring(cfg, None, hands_dtype=_hands_dtype(run_dir)), len(sample))
+    with closing(pool.run(sample)) as events:
+        for event in events:
+            if event.kind == "item" and event.value.scores:
+                scores[event.value.clip.clip_id] = event.value.scores
+                show(Progress("calibrating the gate", len(scores), len(chosen)))
+    return gates.resolve(cfg.gate, {name: [s[name] for s in scores.values() if name in s] for name in SCORES})
 
 
 def load_embedders(cfg: config.Config, device: str, tell: Tell) -> tuple[list[Embedder], PromptLabels | None]:
@@ -295,108 +349,3 @@ def _pool(work: Scoring, n_units: int) -> tuple[Pool, dict[str, int]]:
     threads = {"decode": gpus * cfg.decode.streams, "score": gpus, "embed": gpus, "write": 1}
     pool = Pool(lane, args, gpus, cfg.decode.timeout_s, backlog=256, width=cfg.decode.streams)
     return pool, threads
-
-
-class Committer:
-    """Collects complete units and commits them in parts that are neither tiny nor huge."""
-
-    def __init__(self, run_dir: RunDir, schemas: Mapping[str, pa.Schema], meter: Meter) -> None:
-        self._run, self._schemas, self._meter = run_dir, schemas, meter
-        self._units: list[PendingUnit] = []
-        self._clips = 0
-        self._since = time.monotonic()
-
-    def add(self, unit: PendingUnit) -> None:
-        self._units.append(unit)
-        self._clips += len(unit.clips)
-        if self._clips >= COMMIT_CLIPS or time.monotonic() - self._since >= COMMIT_SECONDS:
-            self.commit()
-
-    def commit(self) -> None:
-        units, self._units, self._clips = self._units, [], 0
-        self._since = time.monotonic()
-        if units:
-            info = {
-                "clips": sum(len(u.clips) for u in units),
-                "attempts": {u.unit.unit_id: u.attempt for u in units if u.attempt > 1},
-                "at": time.time(),
-            }
-            began = time.perf_counter()
-            self._run.commit([u.unit.unit_id for u in units], tables(units, self._schemas), info)
-            self._meter.seconds["write"] += time.perf_counter() - began
-
-
-class Meter:
-    """Counts, rates and stage seconds; writes ``metrics/`` and feeds whoever shows the progress."""
-
-    def __init__(self, run_dir: RunDir, units: Sequence[Unit], committed: set[str], show: Show) -> None:
-        self._run, self._show = run_dir, show
-        self.total = sum(len(unit.clips) for unit in units)
-        self._before = sum(len(unit.clips) for unit in units if unit.unit_id in committed)
-        self._kept_before = run_dir.dataset("clips").count_rows(filter=pc.field("decision") == "kept")
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.threads: dict[str, int] = {}  # of each stage that may wait
-        self._clips = self._kept = 0
-        self._video_s = 0.0
-        self._began = self._shown = self._written = time.monotonic()
-        self._process = psutil.Process()
-
-    def clip(self, row: Mapping[str, object], sign: int = 1) -> None:
-        self._clips += sign
-        self._kept += sign * (row["decision"] == "kept")
-        # The source video that a clip stands for: from its start to the next one's.
-        self._video_s += sign * self._run.config.clips.stride_s
-
-    def timed(self, events: Iterable[Event]) -> Iterator[Event]:
-        """The events; the time that they let this process wait is measured."""
-        waiter = "write" if "write" in self.threads else "embed"
-        began = time.perf_counter()
-        for event in events:
-            self.seconds[f"{waiter}{WAITS}decode"] += time.perf_counter() - began
-            yield event
-            began = time.perf_counter()
-
-    def tick(self, event: str = "progress", force: bool = False) -> None:
-        now = time.monotonic()
-        elapsed = max(now - self._began, 1e-9)
-        if force or now - self._shown >= 0.2:
-            self._shown = now
-            rate = self._clips / elapsed
-            left = self.total - self._before - self._clips
-            self._show(
-                Progress(
-                    "curating",
-                    self._before + self._clips,
-                    self.total,
-                    self._kept_before + self._kept,
-                    rate,
-                    self._video_s / elapsed,
-                    left / rate if rate else None,
-                )
-            )
-        if force or now - self._written >= METRICS_SECONDS:
-            self._written = now
-            self._run.add_metrics(
-                {
-                    "event": event,
-                    "clips": self._clips,
-                    "kept": self._kept,
-                    "video_s": round(self._video_s, 3),
-                    "elapsed_s": round(elapsed, 3),
-                    "stage_seconds": self._rounded(waits=False),
-                    "stall_seconds": self._rounded(waits=True),
-                    "threads": self.threads,
-                    "rss_bytes": sum(_resident(self._process)),
-                }
-            )
-
-    def _rounded(self, waits: bool) -> dict[str, float]:
-        return {k: round(v, 3) for k, v in sorted(self.seconds.items()) if (WAITS in k) == waits}
-
-
-def _resident(process: psutil.Process) -> Iterator[int]:
-    for one in (process, *process.children(recursive=True)):
-        try:
-            yield one.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue

@@ -105,10 +105,10 @@ def status(run: RunDir) -> Status:
     info = RunDir(run.config.export.path or run.path / "dataset").read_json("meta/info.json")
     finished = (run.path / "report.html").is_file() and clips_done == clips
     state = "planning" if not run.planned else "curating" if clips_done < clips else "curated"
-    retried: dict[str, int] = {}
+    retried: dict[str, set[str]] = {}
     for record in run.records_and_notes():
-        for _, kind, _ in record.info.get("failed", {}).values():
-            retried[kind] = retried.get(kind, 0) + 1
+        for unit, (_, kind, _) in record.info.get("failed", {}).items():
+            retried.setdefault(kind, set()).add(unit)
     return Status(
         run=str(run.path),
         state="finished" if run.planned and finished else state,
@@ -125,7 +125,7 @@ def status(run: RunDir) -> Status:
         eta_s=(clips - clips_done) / rate if rate and clips > clips_done else None,
         stalls=_together([worker.stalls for worker in found]),
         refused=_counts(run, "quarantine", "error_class"),
-        retried=retried,
+        retried={kind: len(failed) for kind, failed in sorted(retried.items())},
         embeddings=run.embeddings(),
         skills=skills["k"] if skills else None,
         episodes=info["total_episodes"] if info else None,

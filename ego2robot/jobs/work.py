@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import socket
 import threading
 import time
@@ -18,53 +17,32 @@ import psutil
 import pyarrow as pa
 
 from ego2robot import config
-from ego2robot.errors import VideoError
+from ego2robot.errors import UserError, VideoError
 from ego2robot.jobs import status
 from ego2robot.jobs.claims import Board, Presence, Shard, Terms, worker_name
+from ego2robot.jobs.drain import Drain, Drained
 from ego2robot.jobs.embedding import Batches, PendingUnit, tables
 from ego2robot.jobs.pool import Event, Pool
 from ego2robot.jobs.worker import WAITS
 from ego2robot.progress import Progress, Show, Tell
 from ego2robot.stages.base import Embedder
 from ego2robot.stages.labels import PromptLabels
+from ego2robot.store import atomic
 from ego2robot.store.ledger import AlreadyCommitted, Record
 from ego2robot.store.rundir import RunDir
 from ego2robot.store.shared import SharedFolder, SystemClock
-from ego2robot.store.units import StoredPlan
+from ego2robot.store.units import StoredPlan, units_from_table
 from ego2robot.types import Blob, Unit
 
 COMMIT_CLIPS = 512  # a commit is due at so many, or after ``work.commit_s``: bounds loss and number of files
 # Everybody reads everybody's records: with many workers each commits less often, so that this stays small.
 COMMITS_PER_S = 1.0
-METRICS_S, PROMETHEUS_S, IDLE_S = 2.0, 15.0, 0.5
+METRICS_S, PROMETHEUS_S, IDLE_S, POLL_S, SETTLE_S = 2.0, 15.0, 0.5, 0.5, 10.0
 # What may be otherwise at the next try. Crashes and timeouts were tried twice by the pool already.
 TRANSIENT = frozenset(("missing", "io", "memory"))
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN)
 
 MakePool = Callable[[int], tuple[Pool, dict[str, int]]]  # number of units → pool, threads of each stage
-
-
-class Drain:
-    """Whether this worker is to stop: Slurm warns before it takes a node away.
-
-    What is complete is then committed and claims are given back, within seconds.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def ask(self, *_: object) -> None:
-        self.wanted = True
-
-    @contextmanager
-    def on(self, *signals: signal.Signals) -> Iterator[Drain]:
-        """Asks at any of these signals; sets what was there before at the end."""
-        before = {number: signal.signal(number, self.ask) for number in signals}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def work(
@@ -75,31 +53,100 @@ def work(
     labels: PromptLabels | None,
     show: Show,
     tell: Tell,
+    member: Member,
     shard: Shard | None = None,
     drain: Drain | None = None,
     only: Iterable[str] | None = None,
-) -> bool:
+) -> None:
     """Works until every unit of the plan is committed, by whomever.
 
     Args:
         schemas: of the embeddings.
         only: ids of units; default: all of the plan.
 
-    Returns:
-        False when it was asked to stop before.
-
     Raises:
+        Drained: it was asked to stop before.
         KeyboardInterrupt: after everything that was complete is committed.
     """
     drain = drain or Drain()
     chosen = None if only is None else frozenset(only)
     while True:
         plan = StoredPlan(run.plan_path)
-        worker = Worker(run, plan, schemas, embedders, labels, show, tell, shard, drain, chosen)
+        worker = Worker(run, plan, schemas, embedders, labels, show, tell, member, shard, drain, chosen)
         if not worker.work(make_pool):
-            return False
+            raise Drained
         if not plan.replaced():  # videos may have been added meanwhile
-            return True
+            return
+
+
+class Member:
+    """This process as one of those that share a run: its name, its sign of life, what one does for all."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.name = worker_name()
+        self.clock = SystemClock()
+        self._lease_s = run.config.work.lease_s
+        self._claims = SharedFolder(run.path / "claims")
+        about = f'{{"host": "{_host()}", "pid": {os.getpid()}}}\n'.encode()
+        self.presence = Presence(
+            SharedFolder(run.path / "workers"), self.name, self.clock, self._lease_s, about
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Member:
+        self.presence.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.presence.leave()
+
+    def _beat(self) -> None:
+        """Shows that this process lives, whatever its other threads wait for."""
+        while not self._stop.wait(self._lease_s / 6):
+            try:
+                self.presence.beat()
+            except OSError:  # a full disk or a network that is away: the work itself will say so
+                continue
+
+    def wait(self) -> None:
+        """A moment, while another process has a duty that everybody waits for."""
+        self.presence.look()
+        self.clock.sleep(POLL_S)
+
+    def require_alone(self, tell: Tell) -> None:
+        """Waits until those who have died are known to be dead.
+
+        Raises:
+            UserError: somebody lives and works on this run.
+        """
+        began = self.clock.monotonic()
+        self.presence.look()
+        if self.presence.n_alive > 1:
+            tell("there are signs of other workers; waiting whether they live")
+        while self.presence.n_alive > 1 and self.clock.monotonic() - began < 1.5 * self._lease_s:
+            self.wait()
+        if self.presence.n_alive > 1:
+            raise UserError(
+                "other processes work on this run; stop them first (`ego2robot status` names them)"
+            )
+
+    @contextmanager
+    def duty(self, what: str) -> Iterator[bool]:
+        """Whether this process has a duty, until the end of the block; a dead one's is taken over."""
+        name = f"duty-{what}"
+        mine = self._claims.create(name, self.name.encode(), durable=False)
+        if not mine and self.presence.dead((self._claims.read(name) or b"?").decode("utf-8", "replace")):
+            self._claims.remove(name)
+            mine = self._claims.create(name, self.name.encode(), durable=False)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._claims.remove(name)
 
 
 class Worker:
@@ -114,32 +161,27 @@ class Worker:
         labels: PromptLabels | None,
         show: Show,
         tell: Tell,
+        member: Member,
         shard: Shard | None,
         drain: Drain,
         only: frozenset[str] | None,
     ) -> None:
         self._run, self._plan, self._drain, self._tell = run, plan, drain, tell
         self._terms: config.Work = run.config.work
-        self.name = worker_name()
-        clock = SystemClock()
-        about = f'{{"host": "{_host()}", "pid": {os.getpid()}}}\n'.encode()
-        self._presence = Presence(
-            SharedFolder(run.path / "workers"), self.name, clock, self._terms.lease_s, about
-        )
         self._board = Board(
             plan.unit_ids,
             plan.costs_s,
             plan.kinds,
             run.ledger,
             SharedFolder(run.path / "claims"),
-            self._presence,
+            member.presence,
             Terms(lease_s=self._terms.lease_s),
             shard,
             open_=None if only is None else plan.mask(only),
             lock=run.ledger_lock,
         )
-        self._meter = Meter(run, plan, self._board, self._presence, show)
-        self._committer = Committer(run, plan, schemas, self._meter, self._board, self._presence)
+        self._meter = Meter(run, plan, self._board, member.presence, show)
+        self._committer = Committer(run, plan, schemas, self._meter, self._board, member.presence)
         self._batches = {
             e.name: Batches(e, labels if e.name == "clip" else None, self._meter.seconds) for e in embedders
         }
@@ -154,8 +196,9 @@ class Worker:
         pool, self._meter.threads = make_pool(int((~self._board.done).sum()))
         pool.idle_s = IDLE_S
         self._board.width = max(1, self._meter.threads.get("decode", 1))
+        self._meter.tick(event="started", force=True)
         try:
-            with self._heart(), closing(pool.run(self._tasks())) as events:
+            with closing(pool.run(self._tasks())) as events:
                 for event in self._meter.timed(events):
                     if event.kind == "idle":
                         self._idle()
@@ -171,30 +214,8 @@ class Worker:
                 self._committer.commit()
             finally:
                 self._board.release()
-                self._presence.leave()
                 self._meter.tick(event="done" if self._board.finished else "stopped", force=True)
         return self._board.finished
-
-    @contextmanager
-    def _heart(self) -> Iterator[None]:
-        """Shows that this worker lives, whatever its other threads wait for."""
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(self._terms.lease_s / 6):
-                try:
-                    self._presence.beat()
-                except OSError:  # a full disk or a network that is away: the work itself will say so
-                    continue
-
-        self._presence.beat()
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
 
     def _tasks(self) -> Iterator[Unit | None]:
         """Called in the pool's thread, whenever a child has room."""
@@ -292,6 +313,70 @@ def _classified(error: VideoError, blob: Blob) -> VideoError:
 
 def _host() -> str:
     return "".join(c for c in socket.gethostname() if c.isalnum() or c in "-._")
+
+
+OPEN = "plan/open.json"  # where one process leads: the step, and the units that all may work on now
+Decode = Callable[[Sequence[Unit] | None], None]
+
+
+def together(
+    run: RunDir,
+    member: Member,
+    lead: Callable[[list[Unit], Decode], object],
+    decode: Decode,
+    drain: Drain | None = None,
+) -> None:
+    """Work in steps, each of which decides on the next: one process leads, the others help with what is open.
+
+    A leader who dies is followed by another, who goes on where the files say that the first one was.
+
+    Args:
+        lead: called with the units of the plan, and with what decodes some of them, here and by the others.
+        decode: works on some units until they are committed.
+    """
+
+    def open_and_decode(units: Sequence[Unit] | None) -> None:
+        chosen = [unit.unit_id for unit in units or ()]
+        if chosen:
+            atomic.write_json(run.path / OPEN, {"units": chosen})
+            decode(units)
+
+    while not (done := StoredPlan(run.plan_path)).mask(run.committed_units()).all():
+        with member.duty("lead") as mine:
+            if mine:
+                lead(units_from_table(run.units()), open_and_decode)
+                return
+        ids = (run.read_json(OPEN) or {}).get("units", ())
+        left = set(ids) - run.committed_units()
+        mask = done.mask(left)
+        if mask.any():
+            decode([done.unit(int(i)) for i in mask.nonzero()[0]])
+        elif drain and drain.wanted:
+            raise Drained
+        else:
+            member.wait()
+
+
+def settle(run: RunDir, member: Member) -> None:
+    """Removes what dead workers left, once every unit is committed: then nobody can commit anything more.
+
+    Others that have just ended are waited for; who still lives after that does it himself when he ends.
+    """
+    with member.duty("settle") as mine:
+        if not mine:
+            return
+        began = member.clock.monotonic()
+        member.presence.look()
+        while member.presence.n_alive > 1 and member.clock.monotonic() - began < SETTLE_S:
+            member.wait()
+        if member.presence.n_alive > 1:
+            return
+        run.remove_leftovers()
+        for path in (run.path / "claims").glob("*"):
+            path.unlink(missing_ok=True)
+        for path in (run.path / "workers").glob("*"):
+            if path.name.rpartition(".")[0] != member.name:
+                path.unlink(missing_ok=True)
 
 
 class Committer:
