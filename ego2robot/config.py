@@ -117,7 +117,9 @@ class Hands:
     min_detection: Share = 0.5
     min_presence: Share = 0.5
     dense: bool = True  # landmarks on every frame of clips that are kept, for export
-    max_gap: Annotated[int, Field(ge=0, le=60)] = 2  # so many frames without a hand are interpolated
+    max_gap: Annotated[int, Field(ge=0, le=60)] = (
+        2  # frames without a hand: looked at again, then interpolated
+    )
 
 
 @section

@@ -661,3 +661,50 @@ def test_landmarks_go_back_to_where_they_were_cropped() -> None:
     apart = (back[:, None] - places).norm(dim=-1)
     assert apart.amin(1).max() < 2.5, "a bright pixel of the crop is projected to where no dot is"
     assert apart.amin(0).max() < 0.8, "a dot is not hit"
+
+
+# -- hands that were missed -------------------------------------------------------------------------
+
+
+@needs_samples
+def test_hands_are_found_again_where_they_were(detector: TorchHands, mixer: torch.Tensor) -> None:
+    some = mixer[:20]
+    direct = {(h.frame, h.side): h for frame in detector.detect(some, np.arange(20)) for h in frame}
+    given = [hand for hand in direct.values() if hand.frame % 2 == 0]
+    hidden = {key: hand for key, hand in direct.items() if key[0] % 2}
+    (found,) = detector.refind([(some, given, None)], 1)
+    again = {(hand.frame, hand.side): hand for hand in found}
+    assert not again.keys() & {(hand.frame, hand.side) for hand in given}
+    assert len(again.keys() & hidden.keys()) >= 0.8 * len(hidden)
+    apart = [
+        np.abs(again[k].landmarks[:, :2] - hidden[k].landmarks[:, :2]).mean() for k in again if k in hidden
+    ]
+    assert np.median(apart) < 0.01
+    assert all(hand.presence > 0.5 for hand in found)
+
+
+@needs_samples
+def test_what_was_seen_once_is_followed_nowhere(detector: TorchHands, mixer: torch.Tensor) -> None:
+    some = mixer[:12]
+    found = [hand for frame in detector.detect(some, np.array([5])) for hand in frame]
+    assert found and detector.refind([(some, found, None), (some, [], None)]) == [[], []]
+
+
+@needs_samples
+def test_bars_move_what_is_found_again(detector: TorchHands, mixer: torch.Tensor) -> None:
+    some = mixer[:6]
+    height, width = some.shape[1:3]
+    framed = torch.zeros((6, height + 20, width + 60, 3), dtype=torch.uint8)
+    content = (8, 40, height, width)
+    framed[:, 8 : 8 + height, 40 : 40 + width] = some
+    for frames, where in ((some, None), (framed, content)):
+        known = [h for frame in detector.detect(frames, np.array([0, 1, 3, 4]), where) for h in frame]
+        (found,) = detector.refind([(frames, known, where)], 1)
+        assert {hand.frame for hand in found} == {2, 5}
+        size = np.array([width, height]) if where is None else np.array([width + 60, height + 20])
+        offset = np.zeros(2) if where is None else np.array([40, 8])
+        places = {(h.frame, h.side): h.landmarks[:, :2] * size - offset for h in found}
+        if where is None:
+            plain = places
+    assert places.keys() == plain.keys()
+    assert all(np.abs(places[key] - plain[key]).max() < 1.0 for key in plain)

@@ -6,6 +6,8 @@ MediaPipe 1.2.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ego2robot.types import N_LANDMARKS
@@ -16,6 +18,10 @@ _SAME_DISTANCE = 0.2  # of the larger palm: landmarks nearer than this match
 _SAME_LANDMARKS = 10  # so many matches, and
 _SAME_OVERLAP = 0.2  # boxes that overlap by more than this, are one hand
 _PALM = ((0, 5), (5, 17), (17, 0))  # wrist, knuckles of the index and of the little finger
+# For the next frame's crop: what turns least with the fingers (hand_landmarks_to_rect_calculator.cc).
+_STEADY = (0, 1, 2, 3, 5, 6, 9, 10, 13, 14, 17, 18)
+_WRIST, _INDEX, _MIDDLE, _RING = 0, 5, 9, 13
+_SCALE, _SHIFT = 2.0, -0.1  # of the box around them, along the hand
 
 
 def project(raw_N63: torch.Tensor, rect_N4: torch.Tensor) -> torch.Tensor:
@@ -45,6 +51,28 @@ def world(raw_N63: torch.Tensor, rect_N4: torch.Tensor) -> torch.Tensor:
     """Metric landmarks, turned back from the crop's rotation: float32 [N, 21, 3], metres."""
     xyz = raw_N63.unflatten(1, (N_LANDMARKS, 3))
     return torch.cat((turn(xyz[..., :2], rect_N4[:, 3]), xyz[..., 2:]), -1)
+
+
+def rects(landmarks_NL2: torch.Tensor) -> torch.Tensor:
+    """Where to look for hands that were here a frame ago: float32 [N, 4], as ``Palms.rect_BK4``.
+
+    Args:
+        landmarks_NL2: float32 [N, 21, 2], pixels of the frame.
+    """
+    knuckles = (landmarks_NL2[:, _INDEX] + landmarks_NL2[:, _RING]) / 2
+    towards = (knuckles + landmarks_NL2[:, _MIDDLE]) / 2 - landmarks_NL2[:, _WRIST]
+    rotation = math.pi / 2 - torch.atan2(-towards[:, 1], towards[:, 0])
+    rotation = rotation - 2 * math.pi * torch.floor((rotation + math.pi) / (2 * math.pi))
+    steady = landmarks_NL2[:, list(_STEADY)]
+    middle = (steady.amax(1) + steady.amin(1)) / 2
+    upright = turn(steady - middle[:, None], -rotation)
+    low, high = upright.amin(1), upright.amax(1)
+    size = high - low
+    centre = (low + high) / 2
+    # Shifted along the hand before it is turned back, as the box is.
+    centre = torch.stack((centre[:, 0], centre[:, 1] + _SHIFT * size[:, 1]), 1)
+    centre = turn(centre[:, None], rotation)[:, 0] + middle
+    return torch.cat((centre, (_SCALE * size.amax(1))[:, None], rotation[:, None]), 1)
 
 
 def first_of_each(landmarks_BKL2: torch.Tensor, present_BK: torch.Tensor) -> torch.Tensor:

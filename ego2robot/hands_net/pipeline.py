@@ -145,6 +145,31 @@ class HandNet(nn.Module):
             present_BK, palms.score_BK, presence_BK[..., 0], left_BK[..., 0], landmarks_BKL3, world_BKL3
         )
 
+    @torch.inference_mode()
+    def follow(self, frames_NHWC: torch.Tensor, landmarks_NL2: torch.Tensor) -> FoundHands:
+        """One hand in each of N frames, where it was in a frame beside it; the palm detector is not asked.
+
+        Args:
+            frames_NHWC: as for :meth:`forward`.
+            landmarks_NL2: float32 [N, 21, 2], there, in pixels.
+
+        Returns:
+            One slot a frame; its palm score is 0.
+        """
+        frames_NHWC = frames_NHWC if _has_kernels(frames_NHWC) else sampling.sound(frames_NHWC)
+        frame_N = torch.arange(len(frames_NHWC), device=frames_NHWC.device)
+        table = self._look(frames_NHWC, frame_N, landmark.rects(landmarks_NL2))
+        presence_BK, left_BK, *points = table.split([1, 1, _POINTS, _POINTS], 1)
+        landmarks_BKL3, world_BKL3 = (p.unflatten(1, (1, N_LANDMARKS, 3)) for p in points)
+        return FoundHands(
+            presence_BK > self.min_presence,
+            torch.zeros_like(presence_BK),
+            presence_BK,
+            left_BK,
+            landmarks_BKL3,
+            world_BKL3,
+        )
+
     def _look(self, frames_BHWC: torch.Tensor, frame_N: torch.Tensor, rect_N4: torch.Tensor) -> torch.Tensor:
         """Presence, left, landmarks and world landmarks of each rectangle: float32 [N, 128]."""
         if not len(rect_N4):

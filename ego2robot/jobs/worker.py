@@ -214,7 +214,12 @@ def _complete(
         found = detector.detect_batch([_request(clip, some) for clip, some in zip(clips, rest, strict=True)])
         for one, hands in zip(kept, found, strict=True):
             one.hands += [hand for frame in hands for hand in frame]
-            one.hands.sort(key=lambda hand: (hand.frame, hand.side))
+        missed = detector.refind(
+            [(clip.frames_THWC, one.hands, clip.content) for clip, one in zip(clips, kept, strict=True)],
+            cfg.hands.max_gap,
+        )
+        for one, more in zip(kept, missed, strict=True):
+            one.hands = sorted(one.hands + more, key=lambda hand: (hand.frame, hand.side))
     if detector and cfg.embed.hand_motion:
         aspect = cfg.frames.width / cfg.frames.height
         for clip, one in zip(clips, kept, strict=True):

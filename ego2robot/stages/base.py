@@ -30,6 +30,13 @@ class HandDetector(Protocol):
     ) -> list[list[list[Hand]]]:
         """``detect`` with the arguments of each clip; batches may be filled across clips."""
 
+    def refind(
+        self,
+        clips: Sequence[tuple[torch.Tensor, Sequence[Hand], tuple[int, int, int, int] | None]],
+        rounds: int,
+    ) -> list[list[Hand]]:
+        """Hands that were missed up to ``rounds`` frames away from where they were found, per clip."""
+
     def close(self) -> None: ...
 
 

@@ -6,7 +6,7 @@ close the two are is measured by ``benchmarks/hands.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from ego2robot import models
 from ego2robot.hands_net.captured import Captured
 from ego2robot.hands_net.pipeline import FoundHands, HandNet
 from ego2robot.stages.inference import compute_dtype
-from ego2robot.stages.sides import Candidate, one_per_side, within
-from ego2robot.types import Hand
+from ego2robot.stages.sides import Candidate, one_per_side, same_hand, within
+from ego2robot.types import Hand, Side
 
 # Frames in one pass, by device. On a CPU what eight hands' crops take fits a core's share of the caches. On a
 # GPU a frame takes some 12 MB (its float planes, two crops, the widest maps of either network in float16), so
@@ -131,6 +131,65 @@ class TorchHands:
             found[i][n] = one_per_side(candidates, int(indices[n]))
         return found
 
+    def refind(
+        self,
+        clips: Sequence[tuple[torch.Tensor, Sequence[Hand], tuple[int, int, int, int] | None]],
+        rounds: int = 2,
+    ) -> list[list[Hand]]:
+        """Hands that the palm detector missed beside frames in which it found them.
+
+        They are looked for where they were, as MediaPipe does in videos; in the next frame to either side,
+        ``rounds`` times over. What is found counts when the network is as sure as always, sees the same side
+        and not the clip's other hand. A detection alone, that came and went, is followed nowhere.
+
+        Args:
+            clips: frames and content as for :meth:`detect`, and what was found in any of them.
+
+        Returns:
+            The additional hands of each clip.
+        """
+        if self._net is None:
+            raise ValueError("the hand detector was closed")
+        known = [{(hand.frame, hand.side): hand for hand in hands} for _, hands, _ in clips]
+        added: list[list[Hand]] = [[] for _ in clips]
+        fresh = [list(hands) for _, hands, _ in clips]
+        for _ in range(rounds):
+            wanted = [_beside(fresh[i], known[i], len(clips[i][0]), rounds + 1) for i in range(len(clips))]
+            fresh = [[] for _ in clips]
+            for i, beside in enumerate(wanted):
+                for hand in self._followed(clips[i][0], clips[i][2], beside):
+                    other = known[i].get((hand.frame, "right" if hand.side == "left" else "left"))
+                    if other is None or not same_hand(hand.landmarks, other.landmarks):
+                        known[i][hand.frame, hand.side] = hand
+                        added[i].append(hand)
+                        fresh[i].append(hand)
+        return added
+
+    def _followed(
+        self,
+        frames_THWC: torch.Tensor,
+        content: tuple[int, int, int, int] | None,
+        beside: Sequence[tuple[int, Hand]],
+    ) -> Iterator[Hand]:
+        assert self._net is not None
+        pictures_THWC = _picture(frames_THWC, content)
+        height, width = frames_THWC.shape[1:3]
+        top, left, rows, columns = content or (0, 0, height, width)
+        size = self._frames_of(pictures_THWC)
+        for start in range(0, len(beside), size):
+            some = beside[start : start + size]
+            picked = pictures_THWC[torch.tensor([frame for frame, _ in some]).to(frames_THWC.device)]
+            shares = np.stack([hand.landmarks[:, :2] for _, hand in some])
+            pixels = torch.from_numpy(shares * (width, height) - (left, top)).float().to(self._device)
+            near = self._net.follow(picked.to(self._device), pixels)
+            # Once more from where it is now: the crop before was of where it had been.
+            hands = self._net.follow(picked.to(self._device), near.landmarks_BKL3[:, 0, :, :2]).cpu()
+            for (frame, hand), found in zip(
+                some, _candidates(hands, [(rows, columns)] * len(some)), strict=True
+            ):
+                placed = found if content is None else [within(c, content, (height, width)) for c in found]
+                yield from (one for one in one_per_side(placed, frame) if one.side == hand.side)
+
     def _frames_of(self, picture_THWC: torch.Tensor) -> int:
         """How many such pictures go together."""
         _, rows, columns, _ = picture_THWC.shape
@@ -155,6 +214,20 @@ class TorchHands:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _beside(
+    hands: Sequence[Hand], known: Mapping[tuple[int, Side], Hand], n_frames: int, near: int
+) -> list[tuple[int, Hand]]:
+    """Frames without a hand, each with the same hand in the frame before or, if not there, after it."""
+    found: dict[tuple[int, Side], Hand] = {}
+    for hand in sorted(hands, key=lambda hand: hand.frame):
+        if not any((hand.frame + d, hand.side) in known for d in range(-near, near + 1) if d):
+            continue
+        for frame in (hand.frame + 1, hand.frame - 1):
+            if 0 <= frame < n_frames and (frame, hand.side) not in known:
+                found.setdefault((frame, hand.side), hand)
+    return [(frame, hand) for (frame, _), hand in found.items()]
 
 
 def _picture(frames_THWC: torch.Tensor, content: tuple[int, int, int, int] | None) -> torch.Tensor:

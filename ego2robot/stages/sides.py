@@ -46,7 +46,11 @@ def one_per_side(candidates: Sequence[Candidate], frame: int) -> list[Hand]:
     usable: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: abs(c.p_left - 0.5), reverse=True):
         finite = np.isfinite(candidate.landmarks).all() and np.isfinite(candidate.world).all()
-        if finite and _in_frame(candidate) and not any(_same_hand(candidate, other) for other in usable):
+        if (
+            finite
+            and _in_frame(candidate)
+            and not any(same_hand(candidate.landmarks, other.landmarks) for other in usable)
+        ):
             usable.append(candidate)
     if not usable:
         return []
@@ -81,6 +85,13 @@ def within(candidate: Candidate, content: tuple[int, int, int, int], frame: tupl
     return replace(candidate, landmarks=candidate.landmarks * scale + offset)
 
 
+def same_hand(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two sets of landmarks, [21, 3] in shares of the frame, are of one hand."""
+    between = np.linalg.norm(a[:, :2] - b[:, :2], axis=1).mean()
+    size = max(np.ptp(a[:, :2], axis=0).max(), np.ptp(b[:, :2], axis=0).max())
+    return bool(between < SAME_HAND * size)
+
+
 def _hand(candidate: Candidate, side: Side, frame: int) -> Hand:
     score = candidate.p_left if side == "left" else 1 - candidate.p_left
     return Hand(
@@ -96,9 +107,3 @@ def _box(candidate: Candidate) -> np.ndarray:
 def _in_frame(candidate: Candidate) -> bool:
     x_min, y_min, x_max, y_max = _box(candidate)
     return bool(x_max > x_min and y_max > y_min)
-
-
-def _same_hand(a: Candidate, b: Candidate) -> bool:
-    between = np.linalg.norm(a.landmarks[:, :2] - b.landmarks[:, :2], axis=1).mean()
-    size = max(np.ptp(a.landmarks[:, :2], axis=0).max(), np.ptp(b.landmarks[:, :2], axis=0).max())
-    return bool(between < SAME_HAND * size)
