@@ -158,9 +158,11 @@ def kmeans(
 
     best: tuple[float, torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None
     for restart in range(restarts):
-        centroids_KD = plus_plus(rows, k, np.random.default_rng([seed, restart]))
+        parts = list(_nested(rows, k, seed)) if nested else [(rows, 1.0)]
+        # Started among the rows that come first: a centroid on a row that is not there would run empty.
+        centroids_KD = plus_plus(parts[0][0], k, np.random.default_rng([seed, restart]))
         iterations = 0
-        for part, share in _nested(rows, k, seed) if nested else [(rows, 1.0)]:
+        for part, share in parts:
             most = max(1, round(share * max_iter))
             if name == "cuml":
                 centroids_KD, done = _cuml_lloyd(part, centroids_KD, most, tol)
