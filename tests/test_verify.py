@@ -8,12 +8,13 @@ import pytest
 
 from ego2robot import config
 from ego2robot.jobs.plan import clips_of, units_of
+from ego2robot.jobs.repair import Mended, drop_broken
 from ego2robot.jobs.status import status
 from ego2robot.jobs.verify import verify
 from ego2robot.store import atomic, schema
 from ego2robot.store.ledger import Record
 from ego2robot.store.rundir import RunDir
-from ego2robot.store.units import units_table
+from ego2robot.store.units import units_from_table, units_table
 from ego2robot.types import Blob, Video, VideoInfo
 
 INFO = VideoInfo(640, 360, 0, 30.0, 21.0, 0.0, 630, "h264", "yuv420p", 8)
@@ -134,6 +135,62 @@ def embeddings(ids, values=None):
 def test_damage_is_found_and_named(run, damage, says):
     damage(run)
     assert any(says in problem for problem in verify(run).problems), verify(run).problems
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damaged_byte,
+        lambda run: next((run.path / "clips").iterdir()).unlink(),
+        edit(0, motion=float("nan")),
+        embeddings(lambda run: run.kept[:1]),
+    ],
+)
+def test_what_is_broken_is_dropped_and_can_be_done_again(run, damage):
+    damage(run)
+    broken = verify(run)
+    assert not broken.ok
+    mended = drop_broken(run, broken)
+    assert (mended.parts, mended.units) == (1, 1)
+    after = verify(run)
+    assert after.ok, after.problems
+    assert (after.left, after.units_left) == (8, 2)
+    commit(run)
+    assert verify(run).ok
+    assert verify(run).left == 4
+
+
+def test_a_stray_part_is_removed_and_nothing_is_done_again(run):
+    stray = run.path / "hands" / "part-0123456789abcdef.parquet"
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"x")
+    assert drop_broken(run, verify(run)) == Mended(0, 0, 1)
+    assert verify(run).ok
+    assert verify(run).left == 4
+
+
+def test_the_sound_units_of_a_part_are_kept_as_they_are(run):
+    other = units_from_table(run.units())[1]
+    more = [
+        {**row, "clip_id": clip.clip_id, "video_id": clip.video_id}
+        for row, clip in zip(run.rows, other.clips, strict=True)
+    ]
+    tables = {
+        "clips": pa.Table.from_pylist([*run.rows, *more], schema=schema.CLIPS),
+        "embeddings/hand_motion": vectors(
+            [*run.kept, more[0]["clip_id"], more[3]["clip_id"]], [[np.nan] * 4, *[[1] * 4] * 3]
+        ),
+    }
+    run.commit([run.unit.unit_id, other.unit_id], tables)
+    broken = verify(run)
+    assert [set(units) for units in broken.broken.values()] == [{run.unit.unit_id}]
+    drop_broken(run, broken)
+    after = verify(run)
+    assert after.ok, after.problems
+    assert (after.kept, after.left) == (2, 4)
+    assert run.committed_units() == {other.unit_id}
+    assert run.table("clips").to_pylist() == pa.Table.from_pylist(more, schema=schema.CLIPS).to_pylist()
+    assert run.counts("clips") == {"dropped": 1, "failed": 1, "kept": 2}
 
 
 def test_a_unit_that_is_committed_twice_is_found(run):

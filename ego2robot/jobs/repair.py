@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ego2robot.errors import UserError
 from ego2robot.jobs.verify import Verdict
 from ego2robot.store import atomic
 from ego2robot.store.ledger import Record
-from ego2robot.store.rundir import RunDir
+from ego2robot.store.rundir import RunDir, counts
 from ego2robot.store.units import StoredPlan
 from ego2robot.types import short_id
 
@@ -63,26 +62,20 @@ def _replace(run: RunDir, record: Record, broken: frozenset[str], plan: StoredPl
     keep = [clip.clip_id for i in known.nonzero()[0] for clip in plan.unit(int(i)).clips]
     part = short_id("part", *sorted(left), secrets.token_hex(8))
     files = {}
+    tables = {}
     for file in record.files:
         table = pq.read_table(run.path / file)
         column, values = ("unit_id", left) if file.startswith("quarantine/") else ("clip_id", keep)
         table = table.filter(pc.is_in(table[column], value_set=pa.array(values, pa.string())))
         if table.num_rows:
-            relative = f"{Path(file).parent.as_posix()}/part-{part}.parquet"
+            name = Path(file).parent.as_posix()
+            relative, tables[name] = f"{name}/part-{part}.parquet", table
             atomic.write_parquet(run.path / relative, table)
             sha = atomic.sha256(run.path / relative)
             files[relative] = {"rows": table.num_rows, "sha256": sha}
-    counts = _counted(run, files)
-    run.append(Record(part, tuple(left), files, {**info, **counts}, (record.part,)))
+    about = {**info, "counts": counts(tables)}
+    run.append(Record(part, tuple(left), files, about, (record.part,)))
 
 
 def _changed(path: Path, sha256: object) -> bool:
     return atomic.sha256(path) != sha256
-
-
-def _counted(run: RunDir, files: Iterable[str]) -> dict[str, int]:
-    for file in files:
-        if file.startswith("clips/"):
-            decisions = pq.read_table(run.path / file, columns=["decision"])["decision"].to_pylist()
-            return {"clips": len(decisions), "kept": decisions.count("kept")}
-    return {"clips": 0, "kept": 0}

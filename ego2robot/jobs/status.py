@@ -88,7 +88,7 @@ class Status:
 
 
 def status(run: RunDir) -> Status:
-    """Reads the plan, the ledger, one column of the rows, and the last metrics of the workers."""
+    """Reads the plan, the ledger and the last metrics of the workers; no rows."""
     videos = units = units_done = clips = clips_done = 0
     done = run.committed_units()
     if run.planned:
@@ -97,7 +97,7 @@ def status(run: RunDir) -> Status:
         units, units_done = len(plan), int(mask.sum())
         clips, clips_done = int(plan.n_clips.sum()), int(plan.n_clips[mask].sum())
         videos = plan.videos()
-    decisions = _counts(run, "clips", "decision")
+    decisions = run.counts("clips")
     found = workers(run)
     rates = [worker.clips_per_s for worker in found if worker.clips_per_s]
     rate = sum(rates) if rates else None
@@ -124,7 +124,7 @@ def status(run: RunDir) -> Status:
         video_hours_per_hour=rate * run.config.clips.stride_s if rate else None,
         eta_s=(clips - clips_done) / rate if rate and clips > clips_done else None,
         stalls=_together([worker.stalls for worker in found]),
-        refused=_counts(run, "quarantine", "error_class"),
+        refused=run.counts("quarantine"),
         retried={kind: len(failed) for kind, failed in sorted(retried.items())},
         embeddings=run.embeddings(),
         skills=skills["k"] if skills else None,
@@ -204,11 +204,6 @@ def _together(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = {name for one in each for name in one}
     means = {name: sum(one.get(name, 0.0) for one in each) / len(each) for name in names}
     return dict(sorted(means.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _counts(run: RunDir, table: str, column: str) -> dict[str, int]:
-    counted = run.table(table, [column])[column].value_counts().to_pylist()
-    return {row["values"]: row["counts"] for row in sorted(counted, key=lambda row: str(row["values"]))}
 
 
 # -- for other programs ---------------------------------------------------------------------------

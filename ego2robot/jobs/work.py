@@ -442,7 +442,6 @@ class Committer:
             "worker": self._presence.me,
             "at": time.time(),
             "clips": sum(len(unit.clips) for unit in units),
-            "kept": sum(c.row["decision"] == "kept" for unit in units for c in unit.clips.values()),
             "attempts": {unit.unit.unit_id: unit.attempt for unit in units if unit.attempt > 1},
             "measured": {kind: [round(x, 4) for x in sums] for kind, sums in measured.items()},
         }
@@ -510,7 +509,8 @@ class Meter:
 
     def _kept_so_far(self) -> int:
         log = self._run.ledger.log
-        self._kept_recorded += sum(int(record.info.get("kept", 0)) for record in log[self._records :])
+        for record in log[self._records :]:
+            self._kept_recorded += record.info.get("counts", {}).get("clips", {}).get("kept", 0)
         self._records = len(log)
         return self._kept_recorded + self._pending_kept
 

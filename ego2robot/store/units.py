@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,20 @@ class StoredPlan:
         names = [zlib.crc32(name.encode()) for name in codecs.dictionary.to_pylist()]
         self.kinds = np.array([*names, 0], np.int64)[codecs.indices.to_numpy()]
         self.n_clips = pc.list_value_length(table["length"]).to_numpy().astype(np.int64)
-        self._order = np.argsort(self.unit_ids, kind="stable")
-        self._sorted = self.unit_ids[self._order]
         rows = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
         self._groups: dict[int, pa.Table] = {}
 
     def __len__(self) -> int:
         return len(self.unit_ids)
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.unit_ids, kind="stable")
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        return self.unit_ids[self._order]
 
     def _look(self) -> tuple[int, int, int]:
         seen = self._path.stat()
@@ -106,11 +113,9 @@ class StoredPlan:
 
     def mask(self, unit_ids: Iterable[str]) -> np.ndarray:
         """bool [N]: which units these are; those of other plans are left out."""
-        found = np.zeros(len(self), bool)
-        wanted = np.array([unit.encode() for unit in unit_ids], "S")
-        if len(wanted):
-            found[:] = np.isin(self.unit_ids, wanted)
-        return found
+        wanted = pa.array(list(unit_ids), pa.string()).cast(pa.binary())
+        found = pc.is_in(pa.array(self.unit_ids, pa.binary()), value_set=wanted)
+        return np.asarray(found, bool)
 
     def unit(self, index: int) -> Unit:
         """One unit. Neighbours are read with it. Not for several threads at once."""
@@ -124,8 +129,16 @@ class StoredPlan:
 
 
 def ids_array(ids: pa.ChunkedArray) -> np.ndarray:
-    """Ids as bytes [N] of one width."""
-    return ids.to_numpy().astype("S") if len(ids) else np.zeros(0, "S16")
+    """Ids as bytes [N] of one width; without a Python object each where they have one length."""
+    if not len(ids):
+        return np.zeros(0, "S16")
+    whole = pa.concat_arrays(ids.chunks)
+    _, offsets_buffer, data = whole.buffers()
+    offsets = np.frombuffer(offsets_buffer, np.int32)[whole.offset : whole.offset + len(whole) + 1]
+    widths = np.unique(np.diff(offsets))
+    if len(widths) == 1 and widths[0] > 0:
+        return np.frombuffer(data, f"S{widths[0]}", len(whole), int(offsets[0]))
+    return whole.to_numpy(zero_copy_only=False).astype("S")
 
 
 def units_from_table(table: pa.Table) -> list[Unit]:
