@@ -292,7 +292,7 @@ def load_embedders(cfg: config.Config, device: str, tell: Tell) -> tuple[list[Em
 def fingerprint(cfg: config.Config, embedders: Sequence[Embedder]) -> dict[str, object]:
     """What decides a run's rows besides its configuration."""
     return {
-        "rows_version": 2,  # raised when the same configuration would give other rows
+        "rows_version": 3,  # raised when the same configuration would give other rows
         **{e.name: {"weights": e.weights, "sha256": e.fingerprint, "random": e.random} for e in embedders},
         "hands": _hands_fingerprint(cfg),
         "made_with": code_versions(),

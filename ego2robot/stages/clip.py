@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from ego2robot.stages.preprocess import CLIP_PICTURE, CLIPPreprocess, read_pictu
 from ego2robot.stages.weights import Kind, load_model, resolve
 
 NAME: Kind = "clip"
-BATCH = {"cpu": 32, "cuda": 256}  # clips waiting for one call
+BATCH = {"cpu": max(32, os.cpu_count() or 1), "cuda": 256}  # clips waiting for one call
 
 
 @dataclass(frozen=True)

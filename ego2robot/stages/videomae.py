@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,12 +10,13 @@ import torch
 
 from ego2robot import config
 from ego2robot.errors import UserError
+from ego2robot.stages import attention
 from ego2robot.stages.inference import Graphed, batch_shape, compute_dtype, in_batches
 from ego2robot.stages.preprocess import VIDEOMAE_PICTURE, VideoMAEPreprocess, read_picture
 from ego2robot.stages.weights import Kind, load_model, resolve
 
 NAME: Kind = "videomae"
-BATCH = {"cpu": 8, "cuda": 64}  # clips waiting for one call
+BATCH = {"cpu": max(8, os.cpu_count() or 1), "cuda": 64}  # clips waiting for one call
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class VideoMAE:
                 f"{weights.name}: pictures of {picture.crop} for a model of {side}; use other weights"
             )
         dtype = dtype or compute_dtype(device)
+        model = model.to(device, dtype)
+        if attention.pays(device, dtype):
+            attention.use_by_head(model)
         return cls(
             preprocess=VideoMAEPreprocess(NAME, model.config.num_frames, picture),
             dim=model.config.hidden_size,
@@ -76,7 +81,7 @@ class VideoMAE:
             pooling=cfg.pooling,
             device=device,
             dtype=dtype,
-            model=model.to(device, dtype),
+            model=model,
         )
 
     def embed(self, prepared_BTHWC: torch.Tensor) -> torch.Tensor:
