@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -561,13 +562,16 @@ def slurm_failed(
     from ego2robot.jobs import slurm
 
     failed = slurm.failures(run)
-    for task in failed:
+    never = Counter(task.step for task in failed if task.never_began)
+    for task in (task for task in failed if not task.never_began):
         shard = "" if task.shard is None else f" shard {task.shard}"
         code = f", exit {task.exit_text}" if task.exit_text else ""
         node = f" on {task.node}" if task.node else ""
         print(f"{task.step}{shard}: job {task.job} {task.state}{code}{node}; {task.log}")
         for line in task.last_lines(lines):
             print(f"    {line}")
+    for step, n in never.items():
+        print(f"{step}: {n} tasks cancelled before they began")
     if failed:
         raise typer.Exit(EXIT_FOUND)
     print("no task failed")

@@ -234,6 +234,10 @@ class Task:
         return self.state in ENDED and self.state != "COMPLETED"
 
     @property
+    def never_began(self) -> bool:
+        return self.state == "CANCELLED" and not self.log.exists()
+
+    @property
     def exit_text(self) -> str:
         """``75 (drained, not put back in the queue)``."""
         if self.code is None:
