@@ -29,10 +29,10 @@ from ego2robot.store import atomic, schema
 from ego2robot.store.ledger import Ledger, Record
 from ego2robot.store.rundir import RunDir
 from ego2robot.store.shared import SharedFolder, SystemClock
-from ego2robot.store.units import ROW_GROUP
+from ego2robot.store.units import ROW_GROUP, VIDEOS
 from ego2robot.types import Blob, Video, VideoInfo, short_id
 
-VIDEOS = 192_900  # of Egocentric-10K
+N_VIDEOS = 192_900  # of Egocentric-10K
 UNITS = 1_200_000
 UNITS_A_COMMIT = 51  # 512 clips of 10 a unit
 UNIT_S = 10.0
@@ -51,7 +51,7 @@ def peak_MiB() -> float:
 
 def planning_part(quick: bool) -> dict[str, Any]:
     """Everything of a plan but listing and probing."""
-    n = VIDEOS // (20 if quick else 1)
+    n = N_VIDEOS // (20 if quick else 1)
     before = peak_MiB()
     draw = np.random.default_rng(0)
     lengths = np.clip(draw.lognormal(np.log(180), 0.3, n), 20, 3000)
@@ -118,7 +118,7 @@ def status_part(quick: bool) -> dict[str, Any]:
             cfg = config.load("folder", ["source.path=x"])
             run = RunDir.create_or_resume(path, cfg, {})
             table = plan_table(n)
-            atomic.write_parquet(run.plan_path, table, ROW_GROUP)
+            atomic.write_parquet(run.plan_path, table.replace_schema_metadata({VIDEOS: str(n)}), ROW_GROUP)
             ids = table["unit_id"].to_pylist()
             ledger = Ledger(Hasty(path / "ledger"))
             for i in range(0, n - n // 10, UNITS_A_COMMIT):

@@ -23,7 +23,7 @@ from ego2robot.sources.base import identity
 from ego2robot.store import atomic, schema
 from ego2robot.store.ledger import Record
 from ego2robot.store.rundir import RunDir
-from ego2robot.store.units import ROW_GROUP, units_table
+from ego2robot.store.units import ROW_GROUP, VIDEOS, n_videos, units_table
 from ego2robot.types import Clip, Unit, Video, VideoInfo, clip_id, short_id
 
 # A unit covers at most so much of a video, and costs about so much to decode at most: what a crash can lose,
@@ -143,7 +143,7 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None, add: bool =
     """
     before = run.units() if run.planned else None
     if before is not None and not add:
-        return Planned(before.num_rows, [], _n_videos(before), 0, True)
+        return Planned(before.num_rows, [], n_videos(before), 0, True)
     cfg = run.config
     if before is not None and cfg.decode.triage.enabled:
         raise UserError(
@@ -174,12 +174,13 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None, add: bool =
     _commit_problems(run, problems)
     if before is None or added:  # an unchanged plan is not written over under those who work on it
         _store(run, table)
-    return Planned(table.num_rows, problems, _n_videos(table), added, False)
+    return Planned(table.num_rows, problems, n_videos(table), added, False)
 
 
 def _store(run: RunDir, table: pa.Table) -> None:
     if table.num_rows:  # with nothing to do the next start looks again: the source may have been mended
-        atomic.write_parquet(run.plan_path, table, ROW_GROUP)
+        videos = {VIDEOS: str(n_videos(table)).encode()}
+        atomic.write_parquet(run.plan_path, table.replace_schema_metadata(videos), ROW_GROUP)
 
 
 def _commit_problems(run: RunDir, problems: Sequence[VideoError]) -> None:
@@ -189,10 +190,6 @@ def _commit_problems(run: RunDir, problems: Sequence[VideoError]) -> None:
     new = run.commit((), {"quarantine": table}, {"plan": True})
     if old:
         run.append(Record("", (), {}, {"plan": True, "instead": new.part}, tuple(old)))
-
-
-def _n_videos(table: pa.Table) -> int:
-    return int(pc.count_distinct(table["video_id"]).as_py())
 
 
 def _places(table: pa.Table) -> frozenset[tuple[str, int, int]]:

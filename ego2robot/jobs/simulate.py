@@ -133,7 +133,7 @@ class OneLedger(Ledger):
     """
 
     def __init__(self, shared: Ledger, clock: VirtualClock, world: World) -> None:
-        super().__init__(shared.folder, clock, shared.parts, shared.owner, shared.damaged, shared.log)
+        super().__init__(shared.folder, clock, shared.parts, shared.damaged, shared.log)
         self._shared, self._virtual, self._world = shared, clock, world
         self._known = 0
 

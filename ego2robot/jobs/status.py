@@ -90,14 +90,12 @@ class Status:
 def status(run: RunDir) -> Status:
     """Reads the plan, the ledger and the last metrics of the workers; no rows."""
     videos = units = units_done = clips = clips_done = 0
-    done = run.committed_units()
+    decisions = run.counts("clips")
     if run.planned:
         plan = StoredPlan(run.plan_path)
-        mask = plan.mask(done)
-        units, units_done = len(plan), int(mask.sum())
-        clips, clips_done = int(plan.n_clips.sum()), int(plan.n_clips[mask].sum())
+        units, units_done = len(plan), sum(len(record.units) for record in run.records())
+        clips, clips_done = int(plan.n_clips.sum()), sum(decisions.values())
         videos = plan.videos()
-    decisions = run.counts("clips")
     found = workers(run)
     rates = [worker.clips_per_s for worker in found if worker.clips_per_s]
     rate = sum(rates) if rates else None

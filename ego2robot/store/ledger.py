@@ -89,7 +89,6 @@ class Ledger:
 
     Attributes:
         parts: the parts that count, in the order of their records.
-        owner: committed unit to its part.
         damaged: numbers of records that cannot be read; what they held counts as never committed.
         log: every record, in order; the first one's number is 1.
     """
@@ -97,14 +96,32 @@ class Ledger:
     folder: Shared
     clock: Clock = field(default_factory=SystemClock)
     parts: dict[str, Record] = field(default_factory=dict)
-    owner: dict[str, str] = field(default_factory=dict)
     damaged: list[int] = field(default_factory=list)
     log: list[Record] = field(default_factory=list)
     _segmented: int = 0
+    _owner: dict[str, str] = field(default_factory=dict)
+    _owned: int = 0  # records that ``_owner`` knows of
 
     @property
     def n(self) -> int:
         return len(self.log)
+
+    @property
+    def owner(self) -> dict[str, str]:
+        """Committed unit to its part. Made when it is asked for: who only counts does without."""
+        if self._owned < len(self.log):
+            by_part = {record.part: record for record in self.log} if self._any_drops() else {}
+            for record in self.log[self._owned :]:
+                for part in record.drops:
+                    for unit in by_part[part].units:
+                        if self._owner.get(unit) == part:
+                            del self._owner[unit]
+                self._owner.update(dict.fromkeys(record.units, record.part))
+            self._owned = len(self.log)
+        return self._owner
+
+    def _any_drops(self) -> bool:
+        return any(record.drops for record in self.log[self._owned :])
 
     def refresh(self) -> list[Record]:
         """Reads what was committed since the last call. Costs one look where there is nothing new."""
@@ -158,12 +175,9 @@ class Ledger:
 
     def _apply(self, record: Record) -> None:
         for part in record.drops:
-            if old := self.parts.pop(part, None):
-                for unit in old.units:
-                    self.owner.pop(unit, None)
+            self.parts.pop(part, None)
         if record.part:
             self.parts[record.part] = record
-        self.owner.update(dict.fromkeys(record.units, record.part))
         self.log.append(record)
 
     # -- segments --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ego2robot.types import Blob, Clip, Unit, Video, VideoInfo, clip_id
 
 ROW_GROUP = 4096  # units; what is read to get one
 GROUPS_KEPT = 4
+VIDEOS = b"videos"  # in a plan's metadata: how many
 
 
 def units_table(units: Sequence[Unit]) -> pa.Table:
@@ -102,7 +103,8 @@ class StoredPlan:
 
     def videos(self) -> int:
         """How many videos the units are of."""
-        return int(pc.count_distinct(pq.read_table(self._path, columns=["video_id"])["video_id"]).as_py())
+        told = (self._file.metadata.metadata or {}).get(VIDEOS)
+        return int(told) if told else n_videos(pq.read_table(self._path, columns=["video_id"]))
 
     def index(self, unit_id: str) -> int:
         """Raises KeyError for a unit of another plan."""
@@ -126,6 +128,11 @@ class StoredPlan:
             self._groups[group] = self._file.read_row_group(group)
         (row,) = self._groups[group].slice(index - int(self._starts[group]), 1).to_pylist()
         return _unit(row)
+
+
+def n_videos(table: pa.Table) -> int:
+    """How many videos the units of a plan are of."""
+    return int(pc.count_distinct(table["video_id"]).as_py())
 
 
 def ids_array(ids: pa.ChunkedArray) -> np.ndarray:
