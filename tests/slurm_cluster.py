@@ -84,7 +84,7 @@ class Cluster:
         self,
         root: Path,
         nodes: int = 4,
-        kill_wait: int = 10,
+        kill_wait: int = 30,
         max_array: int = 1001,
         grace: int = 0,
         parameters: Sequence[str] = (),
