@@ -11,7 +11,7 @@ DEMO := runs/demo
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help install system-libraries demo test test-lerobot slurm test-slurm lint format bench bench-check gpu-proof clean
+.PHONY: help install system-libraries demo test test-lerobot slurm test-slurm lint format bench bench-check gpu-proof soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -73,6 +73,11 @@ bench-check: $(READY) ## fail when a ratio of the newest result is 10 % below th
 # No .venv, no network: whatever Python has torch for the GPU here. What it lacks is named and left out.
 gpu-proof: ## what one GPU does, in 10 minutes; the figures go to benchmarks/results/
 	$(GPU_PYTHON) benchmarks/gpu_proof.py
+
+KILLS ?= 200
+
+soak: $(READY) ## kill workers of one run KILLS times (200); the rows must be those of an undisturbed run
+	KILLS=$(KILLS) $(BIN)/python benchmarks/soak.py
 
 clean: ## remove .venv and what runs and tests left
 	rm -rf $(VENV) $(LEROBOT) runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
