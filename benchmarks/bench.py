@@ -54,7 +54,7 @@ def prepare(quick: bool) -> dict[str, Any]:
     import end_to_end
     import triage
 
-    made = [end_to_end.footage(quick), *decode.footage(12).values(), triage.footage(45.0)]
+    made = [end_to_end.footage(quick), *decode.footage(12).values(), triage.footage(triage.MINUTES[True])]
     return {"made": [path.name for path in made]}
 
 

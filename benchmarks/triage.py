@@ -47,6 +47,7 @@ RECIPE = (
     "export.enabled=false",
 )
 VIDEOS = 5
+MINUTES, CALIBRATE = {True: 80.0, False: 200.0}, {True: 60, False: 160}  # of the short and the full form
 EVERY = 5  # frames compared; no multiple of what B-frames repeat after
 THRESHOLDS = (0.02, 0.05, 0.1)  # of motion, that decisions are compared at
 
@@ -92,7 +93,7 @@ def _children_s() -> float:
 
 def triage(quick: bool) -> dict[str, Any]:
     """Both runs over the same footage, and what one gains and loses."""
-    minutes, calibrate = (80.0, 60) if quick else (200.0, 160)
+    minutes, calibrate = MINUTES[quick], CALIBRATE[quick]
     folder = footage(minutes)
     scratch = CACHE / "triage-runs"
     full = curate(folder, scratch / "full", *(["source.limit=1"] if quick else []))

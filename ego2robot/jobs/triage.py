@@ -37,6 +37,7 @@ from ego2robot.types import Unit
 LOOKS = "plan/looks.parquet"
 RULES = "plan/triage.json"
 COMMIT_CLIPS = 4096
+LOOKS_PER_CHILD = 32  # units; a process takes longer to start than to look at these
 NOTHING_TO_SEE = "keyframes too far apart (decode.triage.max_keyframe_gap_s), or nothing but keyframes"
 SHAPE = (triage.WINDOWS, len(triage.NAMES))
 SCHEMA = pa.schema(
@@ -252,7 +253,8 @@ def _look(run: RunDir, units: Sequence[Unit], workers: int, show: Show) -> pa.Ta
     found: dict[str, np.ndarray] = {}
     total = sum(len(unit.clips) for unit in units)
     cfg = run.config.decode
-    pool = Pool(looking, (cfg.triage.max_keyframe_gap_s,), min(workers, len(units)), cfg.timeout_s)
+    n = max(1, min(workers, len(units) // LOOKS_PER_CHILD))
+    pool = Pool(looking, (cfg.triage.max_keyframe_gap_s,), n, cfg.timeout_s)
     with closing(pool.run(units)) as events:
         for event in events:  # a video that cannot be looked at is not ruled out: decoding will say why
             if event.kind == "item":
