@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 
-from ego2robot import config
+from ego2robot import config, pipeline
 from ego2robot.errors import UserError
 from ego2robot.jobs import slurm
 from ego2robot.jobs.slurm import Request
-from tests import slurm_cluster
+from ego2robot.jobs.verify import verify
+from ego2robot.store.rundir import RunDir
+from tests import holding, slurm_cluster
+from tests.footage import write_video
 from tests.slurm_cluster import Cluster
+from tests.test_pipeline import BASE, rows
 
 STAND_IN = (sys.executable, str(Path(__file__).parent / "slurm_stand_in.py"))
 MAX_ARRAY = 6
@@ -358,3 +362,143 @@ def test_a_dry_run_prints_what_submit_does(run):
     run.cluster.wait(lambda: "report" in run.did(), "the end of the chain")
     work = sorted((run.did(f"work-{i}") for i in range(7)), key=lambda w: w["began"])
     assert all(a["ended"] <= b["began"] for a, b in pairwise(work))
+
+
+# -- the real commands -----------------------------------------------------------------------------
+
+REPOSITORY = Path(__file__).parents[1]
+HOLDING = """\
+import pathlib, sys
+from ego2robot import cli, pipeline
+from tests import holding
+if sys.argv[1] == "work" and pathlib.Path(sys.argv[2], "slurm", "fail").exists():
+    sys.exit("error: this node is broken")
+pipeline.scoring = holding.scoring
+cli.main()
+"""
+UNITS = 6  # one of each video
+HELD = (sys.executable, "-c", HOLDING)
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("footage")
+    for i in range(UNITS):
+        write_video(folder / f"{i}.mp4", n_frames=240 + 15 * i, gop=30)
+    (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:20_000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("local")
+    return pipeline.run(config.load("folder", arguments(footage, folder / "r"))).run
+
+
+def arguments(footage: Path, run_dir: Path) -> list[str]:
+    return [
+        *BASE,
+        "workers=1",
+        "work.lease_s=5",
+        "work.commit_s=1",
+        "export.top=2",
+        f"source.path={footage}",
+        f"run_dir={run_dir}",
+    ]
+
+
+def ego2robot(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ego2robot.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_same(run_dir: Path, local: RunDir) -> None:
+    """The rows of a local run, a sound ledger, a dataset, and nothing that is left over."""
+    run = RunDir.open(run_dir)
+    verdict = verify(run)
+    assert verdict.ok and verdict.left == 0, verdict.problems
+    assert rows(run) == rows(local)
+    assert [(row["name"], row["error_class"]) for row in rows(run, "quarantine")] == [
+        (row["name"], row["error_class"]) for row in rows(local, "quarantine")
+    ]
+    info, expected = (r.read_json("dataset/meta/info.json") for r in (run, local))
+    assert info and expected and info["total_frames"] == expected["total_frames"] > 0
+    assert (run_dir / "report.html").is_file() and not list(run_dir.glob("**/.tmp-*"))
+
+
+@pytest.mark.timeout(900)
+def test_from_submit_to_dataset_with_the_rows_of_a_local_run(cluster, footage, local, tmp_path):
+    run_dir = tmp_path / "r"
+    done = ego2robot(
+        *("slurm", "submit", "folder", *arguments(footage, run_dir)),
+        *("--array", "8", "--throttle", "3", "--cpus-per-task", "1", "--time", "10", "--mem", "400M"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "6 tasks\n" in done.stdout and "2 tasks\n" in done.stdout and "logs     tail -n +1 -F" in done.stdout
+    )
+    cluster.wait(lambda: not any(t.active for t in slurm.tasks_of(run_dir)), "the end of the chain", 280)
+    seen = ego2robot("slurm", "status", str(run_dir)).stdout
+    assert "8 completed" in seen and "report   job" in seen and " units: " in seen, seen
+    failed = ego2robot("slurm", "failed", str(run_dir))
+    assert (failed.returncode, failed.stdout) == (0, "no task failed\n")
+    assert_same(run_dir, local)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_preempted_robbed_of_a_node_broken_and_cancelled_a_run_ends_with_the_same_rows(
+    cluster, footage, local, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    run_dir = tmp_path / "r"
+    cfg = config.load("folder", arguments(footage, run_dir))
+
+    def left() -> int:
+        return slurm.units_left(run_dir) or 0
+
+    def over() -> bool:
+        return not any(task.active for task in slurm.tasks_of(run_dir))
+
+    def held() -> None:
+        """Until tasks are in the middle of units."""
+        (run_dir / "slurm" / "held").unlink(missing_ok=True)
+        cluster.wait((run_dir / "slurm" / "held").exists, "units in work", 120, release=True)
+
+    (run_dir / "slurm").mkdir(parents=True)
+    (run_dir / "slurm" / "fail").touch()
+    slurm.submit(cfg, Request(3, cpus_per_task=2), command=HELD)
+    cluster.wait(over, "the failed chain", 200)
+    failed = ego2robot("slurm", "failed", str(run_dir))
+    assert failed.returncode == 1 and failed.stdout.count("this node is broken") == 3, failed.stdout
+    assert f"{UNITS} units are left" in failed.stdout
+
+    (run_dir / "slurm" / "fail").unlink()
+    (run_dir / "slurm" / "hold").touch()
+    slurm.retry(run_dir, {}, HELD)
+    cluster.wait(lambda: left() == len(holding.VIDEOS), "the units that are not held", 120)
+    held()
+    urgent = cluster.client(
+        *("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+    ).strip()
+    cluster.wait(lambda: cluster.jobs()[urgent] == "COMPLETED", "the urgent job", 60)
+    logs = [path.read_text() for path in run_dir.glob("slurm/2/work-*.log")]
+    assert len(logs) == 3 and all("exit 75" in log for log in logs), logs
+
+    held()
+    task = next(t for t in slurm.tasks_of(run_dir) if t.step == "work" and t.state == "RUNNING")
+    cluster.kill_node(task.node)
+    try:
+        cluster.wait(lambda: "down" in cluster.client("sinfo", "-h", "-n", task.node, "-o", "%T"), "its end")
+        cluster.wait(lambda: cluster.jobs()[task.job] == "PENDING", "its task waits again")
+        assert slurm.cancel(run_dir)
+        cluster.wait(over, "an empty queue", 60)
+    finally:
+        cluster.start_node(task.node)
+    assert left() == len(holding.VIDEOS) and not (run_dir / "report.html").exists()
+
+    (run_dir / "slurm" / "hold").unlink()
+    slurm.retry(run_dir, {}, HELD)
+    cluster.wait(over, "the end", 250, release=True)
+    assert not slurm.failures(run_dir)
+    assert_same(run_dir, local)
