@@ -499,6 +499,6 @@ def test_preempted_robbed_of_a_node_broken_and_cancelled_a_run_ends_with_the_sam
 
     (run_dir / "slurm" / "hold").unlink()
     slurm.retry(run_dir, {}, HELD)
-    cluster.wait(over, "the end", 250, release=True)
+    cluster.wait(over, "the end", 400, release=True)
     assert not slurm.failures(run_dir)
     assert_same(run_dir, local)
