@@ -116,7 +116,7 @@ def test_rows_depend_neither_on_workers_nor_on_where_it_was_interrupted(
     def interrupted(run_dir: RunDir, units: list, *rest: object) -> None:
         """In the middle of the first step, after it, and in the middle of the second."""
         calls.append(len(units))
-        stop = len(calls) in (1, 2, 4)
+        stop = len(calls) <= 3
         decode(run_dir, units[: len(units) // 2] if stop and len(calls) != 2 else units, *rest)
         if stop:
             raise KeyboardInterrupt
@@ -126,7 +126,7 @@ def test_rows_depend_neither_on_workers_nor_on_where_it_was_interrupted(
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(cfg)
     run = pipeline.run(cfg).run
-    assert len(calls) >= 6
+    assert len(calls) >= 4
     assert verify(run).ok, verify(run).problems
     assert rows(run) == rows(looked[0])
     assert run.read_json("plan/triage.json") == looked[0].read_json("plan/triage.json")

@@ -2,6 +2,11 @@
 
 One forward pass, one thread (there is one process per core). Exact: what is left out inside a stretch
 that is decoded is neither due nor needed for what is, and what a seek found is checked before it is used.
+
+Fast leaves out due pictures too where no other refers to them, and the loop filter on any of those that are
+left. The picture before is given with its own time, up to 33 ms early with three B-frames at 30 frames/s.
+Motion is not corrected for the uneven steps: on real footage at 10 frames/s, the worst case at hand, it
+changed by 0.5 % on average, 3 % at most (benchmarks/triage.py --modes).
 """
 
 from __future__ import annotations
