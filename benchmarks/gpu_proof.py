@@ -40,7 +40,7 @@ PARTS = (
     Part("kernels", "kernels", 90),
     Part("decode", "decode", 150, "gpu_figures", quick=True),
     Part("clip", "gpu_proof", 60, "clip"),
-    Part("kmeans", "kmeans", 120, "gpu"),
+    Part("kmeans", "kmeans", 120, "gpu", quick=True),
 )
 SOURCES = {
     "gpu_share_of_decode_ceiling": "end_to_end_hevc",

@@ -263,6 +263,11 @@ class Worker:
             self._failed(unit, _classified(event.value, event.task.video.blob))
         elif event.again:  # crashed or hung: once more, from its start
             self._forget(unit)
+        elif self._drain.wanted:  # who ends this process may have ended its children too
+            self._forget(unit)
+            del self._active[key]
+            self._began.pop(key, None)
+            return
         else:
             kind = "crash" if event.kind == "crashed" else "timeout"
             hint = "the rest of the video's clips are given up; check the file with `ffmpeg -v error -i`"

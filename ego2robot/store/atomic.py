@@ -68,7 +68,13 @@ def write_parquet(path: Path, table: pa.Table, row_group: int = 1 << 16) -> None
     write(
         path,
         lambda file: pq.write_table(
-            table, file, compression="zstd", row_group_size=row_group, write_page_checksum=True
+            table,
+            file,
+            compression="zstd",
+            row_group_size=row_group,
+            write_page_checksum=True,
+            # Vectors seldom repeat a value: without a dictionary they are read two to five times as fast.
+            use_dictionary="embedding" not in table.column_names,
         ),
     )
 
