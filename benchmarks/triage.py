@@ -47,7 +47,7 @@ RECIPE = (
     "export.enabled=false",
 )
 VIDEOS = 5
-MINUTES, CALIBRATE = {True: 80.0, False: 200.0}, {True: 60, False: 160}  # of the short and the full form
+MINUTES, CALIBRATE = {True: 80.0, False: 200.0}, {True: 80, False: 160}  # of the short and the full form
 EVERY = 5  # frames compared; no multiple of what B-frames repeat after
 THRESHOLDS = (0.02, 0.05, 0.1)  # of motion, that decisions are compared at
 

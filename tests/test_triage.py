@@ -186,6 +186,32 @@ def test_calibration_does_not_depend_on_the_order_of_the_clips() -> None:
     assert shuffled == triage.choose(ids, looks, 40, seed=0)
 
 
+def test_what_the_first_clips_taught_finds_more_that_are_kept() -> None:
+    shares, estimates = [], []
+    for seed in range(5):
+        looks, kept, ids = world(1000, share=0.05, seed=seed)
+        first = triage.choose(ids, looks, 60, seed=0)
+        decided = {clip: bool(kept[int(clip, 16)]) for clip in first}
+        chosen = triage.choose_more(ids, looks, first, decided, 60)
+        assert len(chosen) == 120
+        assert first.keys() < chosen.keys()
+        assert sum(chosen.values()) == pytest.approx(1000)
+        more = [clip for clip in chosen if clip not in first]
+        shares.append(np.mean([kept[int(clip, 16)] for clip in more]))
+        estimates.append(sum(chosen[clip] for clip in chosen if kept[int(clip, 16)]) / kept.sum())
+    assert np.mean(shares) >= 0.12  # of 0.05
+    assert np.mean(estimates) == pytest.approx(1, abs=0.15)
+
+
+def test_where_the_first_clips_taught_nothing_more_are_chosen_all_the_same() -> None:
+    looks, _, ids = world(300)
+    first = triage.choose(ids, looks, 30, seed=0)
+    for decided in (dict.fromkeys(first, False), {}):
+        chosen = triage.choose_more(ids, looks, first, decided, 30)
+        assert len(chosen) == 60
+        assert sum(chosen.values()) == pytest.approx(300)
+
+
 def test_few_or_unknown_clips_can_be_chosen_from() -> None:
     looks, _, ids = world(20)
     assert len(triage.choose(ids, looks, 40, seed=0)) == 20

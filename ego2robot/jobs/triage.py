@@ -3,7 +3,8 @@
 In this order, each step the same however many workers there are and wherever it was interrupted:
 
 1. Look at the packet sizes of every clip.
-2. Decode and gate some clips of each kind of footage; fit a rule to their decisions.
+2. Decode and gate some clips of each kind of footage, the second half of them chosen by the first; fit a
+   rule to their decisions.
 3. Decode the clips that the rule does not rule out, and a random share of the others.
 4. Estimate from that share what was lost. Where it is too much, decode the rest of that kind too.
 5. Only then are the clips that stay ruled out written as rows, so that no row is ever replaced.
@@ -77,15 +78,25 @@ def curate(
     """
     cfg = run.config.decode.triage
     looks = Looks.of(run, units, workers, show)
-    weights = looks.calibration(cfg.calibrate_clips, run.config.seed)
     # What is committed stays as it is, whoever did it: a unit's id must not vanish from the plan.
     committed = run.committed_units()
     done = [unit for unit in units if unit.unit_id in committed]
-    first, others = split((unit for unit in units if unit.unit_id not in committed), weights)
-    units = _replan(run, done, first, others)
-    decode(first)
-
+    others = [unit for unit in units if unit.unit_id not in committed]
     state = run.read_json(RULES) or {}
+    if "calibration" not in state:
+        chosen = looks.calibration(cfg.calibrate_clips, run.config.seed)
+        first, others = split(others, chosen)
+        _replan(run, done, first, others)
+        decode(first)
+        done += first
+        state["calibration"] = looks.more_calibration(chosen, decisions(run), cfg.calibrate_clips)
+        atomic.write_json(run.path / RULES, state)
+    weights: dict[str, float] = state["calibration"]
+    second, others = split(others, weights)
+    _replan(run, done, second, others)
+    decode(second)
+    done += second
+
     if "rules" not in state:
         rules = looks.rules(decisions(run), weights, cfg.recall)
         state["rules"] = {group: asdict(rule) for group, rule in rules.items()}
@@ -96,7 +107,7 @@ def curate(
     ruled_out = looks.ruled_out(rules) - weights.keys()
     audit = {clip for clip in ruled_out if triage.audited(clip, cfg.audit)}
     out, needed = split(others, ruled_out - audit)
-    units = _replan(run, done, first, needed, out)
+    units = _replan(run, done, needed, out)
     decode(needed)
 
     if "recall" not in state:
@@ -180,14 +191,27 @@ class Looks:
         )
 
     def calibration(self, n: int, seed: int) -> dict[str, float]:
-        """The clips to calibrate on, ``n`` of each group, and their weights. None of a group so small
-        that little would be left to rule out."""
+        """The first half of the clips to calibrate on, ``n`` in all of each group, and their weights. None
+        of a group so small that little would be left to rule out."""
         found: dict[str, float] = {}
-        for group in sorted(set(self.groups.tolist())):
-            rows = np.flatnonzero(self.groups == group)
+        for rows in self._groups():
             if len(rows) >= 2 * n:
-                found |= triage.choose([self.clips[i] for i in rows], self.features[rows], n, seed)
+                found |= triage.choose([self.clips[i] for i in rows], self.features[rows], n // 2, seed)
         return found
+
+    def more_calibration(
+        self, first: Mapping[str, float], kept: Mapping[str, bool], n: int
+    ) -> dict[str, float]:
+        """All clips to calibrate on and their weights, from the decisions on the first."""
+        found: dict[str, float] = {}
+        for rows in self._groups():
+            ids = [self.clips[i] for i in rows]
+            if here := {clip: first[clip] for clip in ids if clip in first}:
+                found |= triage.choose_more(ids, self.features[rows], here, kept, n - len(here))
+        return found
+
+    def _groups(self) -> list[np.ndarray]:
+        return [np.flatnonzero(self.groups == group) for group in sorted(set(self.groups.tolist()))]
 
     def rules(
         self, kept: Mapping[str, bool], weights: Mapping[str, float], recall: float

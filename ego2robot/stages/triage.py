@@ -14,7 +14,7 @@ random share of what it ruled out is decoded anyway: :func:`estimate_recall`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +28,10 @@ WINDOWS = 6  # of a clip, each with the features of its group of pictures
 MIN_KEPT, MIN_DROPPED = 12, 12  # calibration clips below which nothing can be said
 MIN_RULED_OUT = 0.1  # share below which a first look is not worth its second pass
 STRATA = 16
+BANDS = (0.5, 0.7, 0.8, 0.86, 0.92, 0.96)  # shares of clips below the edges
 FOLDS = 5
-RIDGE = 0.3
+RIDGE = 1.0
+REFITS = 2
 STRANGE = 6.0  # standard deviations; a clip unlike all that was calibrated on is decoded
 MARGINS = (1.0, 1.15, 1.3, 1.5, 2.0, 3.0)  # how much further out than a normal tail the threshold is tried
 REASON = "triage: packet sizes unlike those of kept clips"
@@ -119,7 +121,7 @@ def _change(between: np.ndarray) -> float:
 
 
 def choose(clip_ids: Sequence[str], looks: np.ndarray, n: int, seed: int) -> dict[str, float]:
-    """The clips to calibrate on, and how many clips each stands for.
+    """The first clips to calibrate on, and how many clips each stands for.
 
     Clips that look alike are put into strata, and each stratum gives equally many, by the lowest hash of
     their ids: what is rare is seen too. Depends on the clips alone, not on their order.
@@ -130,24 +132,64 @@ def choose(clip_ids: Sequence[str], looks: np.ndarray, n: int, seed: int) -> dic
     Returns:
         At most ``n`` ids and their weights, each at least 1.
     """
-    order = sorted(
-        (i for i in range(len(clip_ids)) if np.isfinite(looks[i]).all()), key=lambda i: clip_ids[i]
-    )
+    order = _known(clip_ids, looks)
     if not order:
         return {}
     strata = _strata(looks[order], seed)
-    ranked: list[list[str]] = [[] for _ in range(strata.max() + 1)]
-    for i, stratum in zip(order, strata.tolist(), strict=True):
-        ranked[stratum].append(clip_ids[i])
-    for ids in ranked:
-        ids.sort(key=lambda clip: short_id("triage calibration", clip))
-    left = n
-    taken: list[list[str]] = []
-    for rest, ids in enumerate(sorted(ranked, key=len)):  # small strata leave their share to the large
-        taken.append(ids[: left // (len(ranked) - rest)])
-        left -= len(taken[-1])
-    sizes = [len(ids) for ids in sorted(ranked, key=len)]
-    return {clip: size / len(ids) for ids, size in zip(taken, sizes, strict=True) for clip in ids}
+    chosen = _evenly([clip_ids[i] for i in order], strata, n, frozenset())
+    return _weights([clip_ids[i] for i in order], strata, chosen)
+
+
+def choose_more(
+    clip_ids: Sequence[str], looks: np.ndarray, first: Mapping[str, float], kept: Mapping[str, bool], n: int
+) -> dict[str, float]:
+    """All clips to calibrate on, when some have been decoded: ``n`` more, and new weights for all.
+
+    A regression on the first ones ranks all clips, and each band of ranks gives equally many: the bands are
+    narrow at the top, so that more kept clips are seen, and few clips are decoded that would not be anyway.
+
+    Args:
+        first: the clips that :func:`choose` chose, and their weights.
+        kept: the decisions on those of them that could be decoded.
+    """
+    order = _known(clip_ids, looks)
+    ids = [clip_ids[i] for i in order]
+    seen = [k for k, clip in enumerate(ids) if clip in first and clip in kept]
+    decided = np.array([kept[ids[k]] for k in seen], bool)
+    bands = np.zeros(len(ids), int)
+    if decided.any() and not decided.all():
+        weights = np.array([first[ids[k]] for k in seen])
+        mean, scale = looks[order].mean((0, 1)), looks[order].std((0, 1))
+        design = _design(_scaled(looks[order], mean, scale))
+        scores = _pooled(design @ _logistic(design[seen], decided, weights))
+        bands = np.searchsorted(np.quantile(scores, BANDS), scores, side="right")
+    more = _evenly(ids, bands, n, frozenset(first))
+    return _weights(ids, bands, first.keys() | more)
+
+
+def _known(clip_ids: Sequence[str], looks: np.ndarray) -> list[int]:
+    finite = np.flatnonzero(np.isfinite(looks).all((1, 2))).tolist()
+    return sorted(finite, key=clip_ids.__getitem__)
+
+
+def _evenly(ids: Sequence[str], parts: np.ndarray, n: int, without: Set[str]) -> set[str]:
+    """``n`` clips, equally many of each part; small parts leave their share to the large."""
+    ranked: list[list[str]] = [[] for _ in range(parts.max() + 1)]
+    for clip, part in zip(ids, parts.tolist(), strict=True):
+        if clip not in without:
+            ranked[part].append(clip)
+    chosen: set[str] = set()
+    for k, part_ids in enumerate(sorted(ranked, key=len)):
+        part_ids.sort(key=lambda clip: short_id("triage calibration", clip))
+        chosen |= set(part_ids[: (n - len(chosen)) // (len(ranked) - k)])
+    return chosen
+
+
+def _weights(ids: Sequence[str], parts: np.ndarray, chosen: Set[str]) -> dict[str, float]:
+    """How many clips of its part each chosen one stands for."""
+    inside = np.array([clip in chosen for clip in ids])
+    size, taken = np.bincount(parts), np.bincount(parts, inside)
+    return {ids[k]: float(size[parts[k]] / taken[parts[k]]) for k in np.flatnonzero(inside).tolist()}
 
 
 def _strata(looks: np.ndarray, seed: int) -> np.ndarray:
@@ -309,18 +351,33 @@ def _pooled(scores: np.ndarray) -> np.ndarray:
 
 def _logistic(design: np.ndarray, kept: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weights [P] of a ridge logistic regression on all windows [n, WINDOWS, P] of clips, each with its
-    clip's decision and weight, both decisions weighing the same; by Newton's steps."""
+    clip's decision and weight, both decisions weighing the same.
+
+    A kept clip may be at work in some windows only: after a first fit, half of its weight goes to those of
+    its windows that look like it.
+    """
     total = np.array([max(weights[~kept].sum(), 1e-9), max(weights[kept].sum(), 1e-9)])
-    balance = np.repeat(weights / total[kept.astype(int)] * len(kept) / 2, WINDOWS) / WINDOWS
-    wanted = np.repeat(kept, WINDOWS)
-    rows = design.reshape(len(wanted), -1)
+    balance = weights / total[kept.astype(int)] * len(kept) / 2
+    rows, wanted = design.reshape(-1, design.shape[-1]), np.repeat(kept, WINDOWS)
+    share = np.full((len(kept), WINDOWS), 1 / WINDOWS)
+    found = _newton(rows, wanted, (balance[:, None] * share).ravel(), np.zeros(rows.shape[1]))
+    for _ in range(REFITS):
+        scores = design[kept] @ found
+        odds = np.exp(scores - scores.max(1, keepdims=True))
+        share[kept] = 0.5 / WINDOWS + 0.5 * odds / odds.sum(1, keepdims=True)
+        found = _newton(rows, wanted, (balance[:, None] * share).ravel(), found)
+    return found
+
+
+def _newton(rows: np.ndarray, wanted: np.ndarray, weights: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Ridge logistic regression of ``wanted`` on ``rows``, whose first column is 1; by Newton's steps."""
     ridge = RIDGE * np.eye(rows.shape[1])
     ridge[0, 0] = 1e-6
-    found = np.zeros(rows.shape[1])
+    found = start.copy()
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(rows @ found, -30, 30)))
-        gradient = rows.T @ (balance * (wanted - p)) - ridge @ found
-        curvature = (rows.T * (balance * p * (1 - p))) @ rows + ridge
+        gradient = rows.T @ (weights * (wanted - p)) - ridge @ found
+        curvature = (rows.T * (weights * p * (1 - p))) @ rows + ridge
         step = np.linalg.solve(curvature, gradient)
         found += step / max(1.0, float(np.abs(step).max()))
         if np.abs(step).max() < 1e-8:
