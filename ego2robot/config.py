@@ -60,8 +60,20 @@ class Quantile:
 class Source:
     """Where videos come from. ``path``: a file, a folder, a glob, or a folder of tars."""
 
-    kind: Literal["folder", "egocentric10k"] = "folder"
+    kind: Literal[
+        "folder",
+        "egocentric10k",
+        "egodex",
+        "epic_kitchens",
+        "ego4d",
+        "hot3d",
+        "aria",
+        "lerobot",
+        "manifest",
+    ] = "folder"
     path: str = ""
+    annotations: str = ""  # the dataset's annotation file, where it does not lie with the videos
+    frame: Literal["world", "camera"] = "camera"  # that the dataset's own poses are given in
     limit: PositiveInt | None = None  # only the first so many videos, in name order
 
 

@@ -55,6 +55,37 @@ class Video:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A part of a video that its dataset annotates, seconds from the video's first frame.
+
+    Attributes:
+        meta: the annotation's own fields; ``task`` is what happens, in words.
+    """
+
+    start_s: float
+    end_s: float
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a dataset itself knows at some moments of a video: poses, gaze, robot states.
+
+    Attributes:
+        state_TD: float32 [T, D], NaN where unknown.
+        action_TA: float32 [T, A], NaN where unknown; A may be 0.
+        state_names, action_names: of the columns, such as ``left.wrist.x``.
+        units: of the columns, for people: ``metres in the camera's frame (x right, y down, z forward)``.
+    """
+
+    state_TD: np.ndarray
+    action_TA: np.ndarray
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    units: str
+
+
+@dataclass(frozen=True)
 class FrameSpec:
     """The picture every consumer shares: ``height`` x ``width`` RGB, area-scaled.
 
@@ -88,6 +119,7 @@ class Clip:
     first: int  # grid index of the first frame
     n_frames: int
     sample_fps: float
+    meta: Mapping[str, str] = field(default_factory=dict, compare=False)  # of its annotation, such as task
 
     @property
     def start_s(self) -> float:

@@ -258,7 +258,7 @@ def _merged(before: pa.Table | None, new: pa.Table, problems: list[VideoError]) 
 
 def _candidates(cfg: config.Config, run_dir: Path, problems: list[VideoError]) -> Iterator[Candidate]:
     count = 0
-    for found in SOURCES[cfg.source.kind].candidates(cfg.source.path, run_dir):
+    for found in SOURCES[cfg.source.kind].candidates(cfg.source.path, run_dir, cfg.source):
         if isinstance(found, VideoError):
             problems.append(found)
             continue

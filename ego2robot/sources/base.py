@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ego2robot.errors import UserError, VideoError
-from ego2robot.types import Blob
+import numpy as np
 
+from ego2robot import config
+from ego2robot.errors import UserError, VideoError
+from ego2robot.types import Blob, Span, Trajectory, Video
+
+DEFAULTS = config.Source()
 SAMPLED_BLOCKS, BLOCK = 16, 1 << 16
 
 
@@ -25,21 +29,26 @@ class Candidate:
         blob: where its bytes are.
         meta: the source's own fields.
         problem: what is wrong with its metadata, when the video itself can still be used.
+        spans: what the dataset annotates of it, in any order; ``clips.policy`` says what becomes of them.
     """
 
     name: str
     blob: Blob
     meta: Mapping[str, str] = field(default_factory=dict)
     problem: VideoError | None = None
+    spans: tuple[Span, ...] = ()
 
 
 class Source(Protocol):
-    def candidates(self, path: str, skip: Path | None) -> Iterator[Candidate | VideoError]:
+    def candidates(
+        self, path: str, skip: Path | None, options: config.Source = DEFAULTS
+    ) -> Iterator[Candidate | VideoError]:
         """Lists the videos under ``path`` in a stable order; never reads pictures.
 
         Args:
-            path: a file, a folder or a glob.
+            path: a file, a folder, a glob or an address that fsspec opens (``s3://``, ``hf://`` …).
             skip: a folder that is not looked into (the run directory).
+            options: the rest of the recipe's ``source``.
 
         Yields:
             A candidate, or the error that stands in its place.
@@ -47,6 +56,20 @@ class Source(Protocol):
         Raises:
             UserError: ``path`` does not exist or holds nothing of this kind.
         """
+        ...
+
+    def trajectory(
+        self, video: Video, times_s: np.ndarray, options: config.Source = DEFAULTS
+    ) -> Trajectory | None:
+        """What the dataset itself measured at some moments of one of its videos; None: nothing.
+
+        Args:
+            times_s: float64 [T], ascending, seconds from the video's first frame.
+
+        Raises:
+            VideoError: the file that should hold it cannot be read.
+        """
+        return None
 
 
 def find_files(path: str, suffixes: tuple[str, ...], skip: Path | None, what: str) -> list[Path]:

@@ -15,8 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ego2robot import config
 from ego2robot.errors import VideoError
-from ego2robot.sources.base import Candidate, check_name, display_name, find_files, storable
+from ego2robot.sources.base import (
+    DEFAULTS,
+    Candidate,
+    Source,
+    check_name,
+    display_name,
+    find_files,
+    storable,
+)
 from ego2robot.types import Blob
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
@@ -24,8 +33,10 @@ MAX_JSON_BYTES = 1 << 20
 KEY = re.compile(r"(factory)_?(\d+)_(worker)_?(\d+)")
 
 
-class Egocentric10K:
-    def candidates(self, path: str, skip: Path | None) -> Iterator[Candidate | VideoError]:
+class Egocentric10K(Source):
+    def candidates(
+        self, path: str, skip: Path | None, options: config.Source = DEFAULTS
+    ) -> Iterator[Candidate | VideoError]:
         intrinsics: dict[Path, tuple[str | None, VideoError | None]] = {}
         for tar in find_files(path, (".tar",), skip, "tars"):
             if tar.parent not in intrinsics:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ego2robot import config
 from ego2robot.errors import VideoError
-from ego2robot.sources.base import Candidate, display_name, file_blob, find_files
+from ego2robot.sources.base import DEFAULTS, Candidate, Source, display_name, file_blob, find_files
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".mpeg")
 
 
-class Folder:
-    def candidates(self, path: str, skip: Path | None) -> Iterator[Candidate | VideoError]:
+class Folder(Source):
+    def candidates(
+        self, path: str, skip: Path | None, options: config.Source = DEFAULTS
+    ) -> Iterator[Candidate | VideoError]:
         for file in find_files(path, SUFFIXES, skip, "videos"):
             try:
                 yield Candidate(display_name(file, path), file_blob(file))
