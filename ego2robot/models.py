@@ -72,7 +72,7 @@ NETWORKS = (
         "hand landmarks",
     ),
 )
-# In the same wheel and kept with them: the smaller pair, and the detector of faces near the camera.
+# In the same wheel and kept with them: the smaller pair, and the detectors of faces near and further away.
 OTHER_NETWORKS = (
     _Network(
         "palm_detection_lite.tflite",
@@ -94,6 +94,13 @@ OTHER_NETWORKS = (
         229_714,
         "bbff11cebd1eb27a1e004cae0b0e63ec8c551cbf34a4451148b4908b8db3eca8",
         "face detector",
+    ),
+    _Network(
+        "face_detection_full_range_sparse.tflite",
+        "mediapipe/modules/face_detection/face_detection_full_range_sparse.tflite",
+        676_746,
+        "2c3728e6da56f21e21a320433396fb06d40d9088f2247c05e5635a688d45dfe1",
+        "face detector, for faces further away",
     ),
 )
 

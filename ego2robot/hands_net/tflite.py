@@ -38,6 +38,12 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 }
 _NCHW_AXIS = (0, 2, 3, 1)  # where an axis of NHWC lies in NCHW
 _SAME = tflite.Padding.SAME
+_INDEX_VECTORS = {
+    tflite.SparseIndexVector.Int32Vector: tflite.Int32Vector,
+    tflite.SparseIndexVector.Uint16Vector: tflite.Uint16Vector,
+    tflite.SparseIndexVector.Uint8Vector: tflite.Uint8Vector,
+}
+_MOST_VALUES = 1 << 26  # of a sparse constant when it is dense
 # What a damaged flatbuffer raises: offsets that point outside, sizes that do not fit, strides of zero.
 _DAMAGED = (struct.error, LookupError, ValueError, TypeError, ArithmeticError, AttributeError)
 
@@ -221,9 +227,30 @@ class _Translator:
             raw = self.model.Buffers(tensor.Buffer()).DataAsNumpy()
             if not isinstance(raw, np.ndarray):
                 raise ValueError(f"tensor {index} has neither a value nor an operator that makes it")
-            shape = self._shape(index)
-            self.values[index] = Value(shape, None, raw.view(dtype).reshape(shape))
+            shape, sparsity = self._shape(index), tensor.Sparsity()
+            flat = raw.view(dtype)
+            array = flat.reshape(shape) if sparsity is None else self._dense(flat, sparsity, shape)
+            self.values[index] = Value(shape, None, array)
         return self.values[index]
+
+    def _dense(self, values: np.ndarray, sparsity: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """A constant of which the file has only what is not zero, row by row of its last axis (CSR)."""
+        kinds = [sparsity.DimMetadata(i).Format() for i in range(sparsity.DimMetadataLength())]
+        in_order = list(sparsity.TraversalOrderAsNumpy()) == list(range(len(shape)))
+        rows_only = kinds == [tflite.DimensionType.DENSE] * (len(shape) - 1) + [
+            tflite.DimensionType.SPARSE_CSR
+        ]
+        if not (in_order and rows_only and sparsity.BlockMapLength() == 0):
+            raise self.refuse("a sparse constant that is not rows of its last axis")
+        last = sparsity.DimMetadata(len(shape) - 1)
+        ends = _index_vector(last.ArraySegments(), last.ArraySegmentsType())
+        column = _index_vector(last.ArrayIndices(), last.ArrayIndicesType())
+        n_rows = int(np.prod(shape[:-1]))
+        if len(ends) != n_rows + 1 or n_rows * shape[-1] > _MOST_VALUES or column.min(initial=0) < 0:
+            raise ValueError(f"a sparse constant of {shape} whose rows do not add up")
+        dense = np.zeros((n_rows, shape[-1]), values.dtype)
+        dense[np.repeat(np.arange(n_rows), np.diff(ends)), column] = values
+        return dense.reshape(shape)
 
     def parameter(self, array: np.ndarray) -> fx.Node:
         """A constant of the program: follows ``module.to(device, dtype)``."""
@@ -233,6 +260,12 @@ class _Translator:
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         self.root.register_buffer(name, tensor.contiguous(memory_format=layout))
         return self.graph.get_attr(name)
+
+
+def _index_vector(table: Any, kind: int) -> np.ndarray:
+    found = _INDEX_VECTORS[kind]()
+    found.Init(table.Bytes, table.Pos)
+    return np.asarray(found.ValuesAsNumpy(), np.int64)
 
 
 @dataclass
@@ -433,6 +466,20 @@ def _pad(step: _Step) -> fx.Node:
     return step.call(F.pad, step.node(0), tuple(ordered[:-2]))
 
 
+def _densify(step: _Step) -> np.ndarray:
+    return step.constant(0)  # made dense when it was read
+
+
+def _depth_to_space(step: _Step) -> fx.Node:
+    size = step.options(tflite.DepthToSpaceOptions).BlockSize()
+    _, height, width, channels = step.value(0).shape
+    # The channels of a pixel are its block's rows, their columns, and then the new channels;
+    # torch.pixel_shuffle has the new channels first.
+    blocks = step.method("reshape", step.node(0), (-1, size, size, channels // size**2, height, width))
+    ordered = step.method("permute", blocks, (0, 3, 4, 1, 5, 2))
+    return step.method("reshape", ordered, (-1, channels // size**2, height * size, width * size))
+
+
 def _reshape(step: _Step) -> fx.Node:
     before = step.value(0).shape
     if not before or not step.shape or before[0] != step.shape[0]:
@@ -494,7 +541,9 @@ TABLE: dict[str, Callable[[_Step], fx.Node | np.ndarray]] = {
     "AVERAGE_POOL_2D": _average_pool,
     "CONCATENATION": _concatenate,
     "CONV_2D": _conv,
+    "DENSIFY": _densify,
     "DEPTHWISE_CONV_2D": _depthwise_conv,
+    "DEPTH_TO_SPACE": _depth_to_space,
     "DEQUANTIZE": _dequantize,
     "FULLY_CONNECTED": _fully_connected,
     "HARD_SWISH": _unary(F.hardswish),
