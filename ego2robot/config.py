@@ -58,7 +58,7 @@ class Quantile:
 
 @section
 class Source:
-    """Where videos come from. ``path``: a file, a folder, a glob, or a folder of tars."""
+    """Where videos come from. ``path``: a file, a folder or a glob, here or at an address (``s3://`` …)."""
 
     kind: Literal[
         "folder",
@@ -75,16 +75,25 @@ class Source:
     annotations: str = ""  # the dataset's annotation file, where it does not lie with the videos
     frame: Literal["world", "camera"] = "camera"  # that the dataset's own poses are given in
     limit: PositiveInt | None = None  # only the first so many videos, in name order
+    # GiB on disk for what is read from afar, under the cache folder; what was not used for longest goes.
+    cache_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
 
 
 @section
 class Clips:
-    """How a video is cut. The grid has ``sample_fps`` frames a second; clips lie on it."""
+    """How a video is cut. The grid has ``sample_fps`` frames a second; clips lie on it.
 
+    ``policy``: ``windows`` of one length, the spans that the dataset has ``annotated``, or the ``whole``
+    video; ``auto`` is ``annotated`` for videos of which the dataset gives spans, else ``windows``.
+    """
+
+    policy: Literal["auto", "windows", "annotated", "whole"] = "auto"
     duration_s: Positive = 6.0
     stride_s: Positive = 30.0  # from one clip's start to the next
     sample_fps: Annotated[float, Field(gt=0, le=240)] = 6.0
     min_frames: Annotated[int, Field(ge=2)] = 10  # the last clip of a video may be this short
+    max_s: Positive = 60.0  # annotated spans and whole videos that last longer are cut in equal parts
+    shots: bool = False  # look for cuts when planning; no clip goes across one
 
 
 @section
@@ -94,6 +103,7 @@ class Frames:
     height: EvenInt = 360
     width: EvenInt = 640
     fit: Literal["letterbox", "stretch"] = "letterbox"
+    undistort: bool = False  # exported pictures and landmarks, where the dataset gives a fisheye camera
 
 
 @section
@@ -243,6 +253,7 @@ ADAPTER = TypeAdapter(Config)
 # What may differ between two starts of one run: where and how fast, never what comes out.
 EXECUTION_KEYS = (
     "run_dir",
+    "source.cache_gib",
     "workers",
     "gpus",
     "decode.timeout_s",
