@@ -251,9 +251,15 @@ def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Of this process, its children and theirs, those that have ended too."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    seconds = sum(u.ru_utime + u.ru_stime for u in used)
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            seconds += sum(child.cpu_times()[:4])  # user, system, and both of its own ended children
+    return seconds
 
 
 def figure(tree: Any, name: str) -> float | None:

@@ -347,5 +347,5 @@ def _pool(work: Scoring, n_units: int) -> tuple[Pool, dict[str, int]]:
     gpus = min(cfg.gpus or gpus, n_units)
     args = [(dataclasses.replace(work, device=f"cuda:{i}"),) for i in range(gpus)]
     threads = {"decode": gpus * cfg.decode.streams, "score": gpus, "embed": gpus, "write": 1}
-    pool = Pool(lane, args, gpus, cfg.decode.timeout_s, backlog=256, width=cfg.decode.streams)
+    pool = Pool(lane, args, gpus, cfg.decode.timeout_s, backlog=256, width=cfg.decode.streams, fresh=True)
     return pool, threads

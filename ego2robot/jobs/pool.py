@@ -7,8 +7,11 @@ task ended.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import signal
@@ -26,6 +29,8 @@ from ego2robot.errors import UserError, VideoError
 # What a child runs: built once per child from the arguments, then called with each task.
 Work = Callable[[Any], Iterator[Any]]
 READY = "ready"
+# What children need and takes seconds to import: done once, in the process that they are forked from.
+PRELOADED = ("ego2robot.jobs.plan", "ego2robot.jobs.triage", "ego2robot.jobs.worker")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Pool:
         width: tasks that a child works on at once, each in a thread of its own. When such a child crashes,
             nobody knows whose fault it was: each of its tasks is tried again alone.
         idle_s: the consumer hears from the pool at least so often; None: only when there is something.
+        fresh: children are new interpreters. Else they are forks of a process that has imported everything
+            and done nothing else, which spares time and memory; CUDA does not survive that.
     """
 
     def __init__(
@@ -75,9 +82,10 @@ class Pool:
         backlog: int = 16,
         width: int = 1,
         idle_s: float | None = None,
+        fresh: bool = False,
     ) -> None:
         self.idle_s = idle_s
-        self._spawn = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("spawn") if fresh else _forkserver()
         self._factory, self._width = factory, max(1, width)
         self._args = args if isinstance(args, list) else [args] * max(1, n)
         self._timeout_s, self._attempts = timeout_s, attempts
@@ -162,7 +170,7 @@ class Pool:
                 child = idle[0]
             elif missing and (task.alone or not room or min(len(c.slots) for c in room) > 0):
                 index = missing[0]
-                child = _Child(self._spawn, self._factory, self._args[index], index, self._width)
+                child = _Child(self._context, self._factory, self._args[index], index, self._width)
                 children.append(child)
             else:
                 child = min(room, key=lambda c: len(c.slots))
@@ -267,12 +275,24 @@ class _Todo:
         self._ended = True
 
 
+@functools.cache
+def _forkserver() -> Any:
+    """Where children are forked from; it ends with this process, so that its CPU time counts as ours."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    stop = getattr(multiprocessing.forkserver._forkserver, "_stop", None)  # type: ignore[attr-defined]
+    if stop:
+        atexit.register(stop)
+    return context
+
+
 class _Child:
     def __init__(
-        self, spawn: Any, factory: Callable[..., Work], args: tuple[Any, ...], index: int, width: int
+        self, context: Any, factory: Callable[..., Work], args: tuple[Any, ...], index: int, width: int
     ) -> None:
-        self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_main, args=(theirs, factory, args, width), daemon=True)
+        self.connection, theirs = context.Pipe()
+        given = (theirs, dict(os.environ), factory, args, width)
+        self.process = context.Process(target=_main, args=given, daemon=True)
         self.process.start()
         theirs.close()
         self.index = index
@@ -306,10 +326,19 @@ def _words(exitcode: int | None) -> str:
     return f"the decoding process ended with exit code {exitcode}"
 
 
-def _main(connection: Connection, factory: Callable[..., Work], args: tuple[Any, ...], width: int) -> None:
+def _main(
+    connection: Connection,
+    environ: dict[str, str],
+    factory: Callable[..., Work],
+    args: tuple[Any, ...],
+    width: int,
+) -> None:
     """A child's life. Ctrl-C is the parent's business; a vanished parent ends the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ != environ:  # the process that we are forked from may be older than a change
+        os.environ.clear()
+        os.environ.update(environ)
     sending = threading.Lock()
 
     def send(kind: str, key: int | None, value: Any) -> None:
