@@ -74,6 +74,7 @@ class Source:
     path: str = ""
     annotations: str = ""  # the dataset's annotation file, where it does not lie with the videos
     frame: Literal["world", "camera"] = "camera"  # that the dataset's own poses are given in
+    camera: str = ""  # the video of a LeRobot dataset, such as observation.images.top; else its first
     limit: PositiveInt | None = None  # only the first so many videos, in name order
     # GiB on disk for what is read from afar, under the cache folder; what was not used for longest goes.
     cache_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0

@@ -2,8 +2,13 @@
 
 from ego2robot.sources.base import Candidate, Source
 from ego2robot.sources.egocentric10k import Egocentric10K
+from ego2robot.sources.epic_kitchens import EpicKitchens
 from ego2robot.sources.folder import Folder
 
-SOURCES: dict[str, Source] = {"folder": Folder(), "egocentric10k": Egocentric10K()}
+SOURCES: dict[str, Source] = {
+    "folder": Folder(),
+    "egocentric10k": Egocentric10K(),
+    "epic_kitchens": EpicKitchens(),
+}
 
 __all__ = ["SOURCES", "Candidate", "Source"]
