@@ -2,12 +2,14 @@
 
 from ego2robot.sources.base import Candidate, Source
 from ego2robot.sources.egocentric10k import Egocentric10K
+from ego2robot.sources.egodex import EgoDex
 from ego2robot.sources.epic_kitchens import EpicKitchens
 from ego2robot.sources.folder import Folder
 
 SOURCES: dict[str, Source] = {
     "folder": Folder(),
     "egocentric10k": Egocentric10K(),
+    "egodex": EgoDex(),
     "epic_kitchens": EpicKitchens(),
 }
 
