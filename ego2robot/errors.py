@@ -19,7 +19,7 @@ class VideoError(Exception):
         hint: the next step, such as ``re-download the file``.
         kind: the class it is counted under in ``quarantine/``: ``missing``, ``empty``,
             ``not_a_video``, ``no_video_stream``, ``truncated``, ``corrupt``, ``unsupported``,
-            ``too_short``, ``metadata``, ``crash``, ``timeout``, ``duplicate``.
+            ``too_short``, ``metadata``, ``denied``, ``io``, ``crash``, ``timeout``, ``duplicate``.
     """
 
     def __init__(self, name: str, cause: str, hint: str = "", kind: str = "corrupt") -> None:

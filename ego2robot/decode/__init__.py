@@ -6,12 +6,15 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from ego2robot.blobs import read_error
 from ego2robot.decode.base import Backend, FrameBatch
 from ego2robot.decode.probe import probe
+from ego2robot.remote import RemoteError
 from ego2robot.types import Blob, Clip, ClipFrames, FrameSpec, VideoInfo
 
 __all__ = ["Backend", "ClipFailure", "FrameBatch", "probe", "read_clips"]
@@ -76,7 +79,7 @@ def read_clips(
     where = device if device.partition(":")[0] in backend.devices else "cpu"
     waiting = deque(clips)
     filling: deque[_Open] = deque()
-    for batch in backend.read(name, blob, info, grid / sample_fps, spec, where, fast):
+    for batch in _read(backend, name, blob, info, grid / sample_fps, spec, where, fast):
         frames_THWC = batch.frames_THWC.to(device)
         greys_Thw = None if batch.greys_Thw is None else batch.greys_Thw.to(device)
         for k, time_s in enumerate(batch.times_s.tolist()):
@@ -95,6 +98,13 @@ def read_clips(
         else:
             lacking = (left.clip.first + len(left.times_s)) / sample_fps
             yield ClipFailure(left.clip, f"the stream ends before {lacking:.1f} s")
+
+
+def _read(backend: Backend, name: str, *args: Any) -> Iterator[FrameBatch]:
+    try:
+        yield from backend.read(name, *args)
+    except RemoteError as error:
+        raise read_error(name, error) from None
 
 
 def _fill(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
+from ego2robot.blobs import local_blob, read_error
 from ego2robot.decode import hardware
 from ego2robot.decode.base import FrameBatch
 from ego2robot.decode.pyav import EPSILON_S, container_of, packet_times
@@ -86,7 +87,7 @@ class DALI:
         try:
             shown = np.sort(packet_times(name, blob))
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(name, f"cannot be read ({error.strerror})", "re-download it") from None
+            raise read_error(name, error) from None
         steps = np.diff(shown)
         if len(steps) and np.abs(steps - np.median(steps)).max() > STEADY * np.median(steps):
             raise VideoError(name, "its frame rate varies, at which DALI may hang", HINT, "unsupported")
@@ -95,8 +96,12 @@ class DALI:
         indices = np.maximum(np.searchsorted(shown, due + EPSILON_S, side="right") - 1, 0)
         scaled = Scaled(info, spec, device)
         group = max(1, GROUP_BYTES // (3 * info.width * info.height))
-        offset = 0 if blob.whole_file else blob.offset
-        encoded = np.memmap(Path(blob.path), np.uint8, "r", offset, (blob.size,))
+        try:
+            here = local_blob(blob)
+        except OSError as error:
+            raise read_error(name, error) from None
+        offset = 0 if here.whole_file else here.offset
+        encoded = np.memmap(Path(here.path), np.uint8, "r", offset, (here.size,))
         try:
             pipeline = _pipeline(hardware.device_index(device))
             for at in range(0, len(indices), group):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from fractions import Fraction
-from pathlib import Path
 
 import av
 
+from ego2robot.blobs import container_size, open_blob, read_error
 from ego2robot.decode.pyav import open_stream, pictures
 from ego2robot.errors import VideoError
+from ego2robot.remote import RemoteError
 from ego2robot.types import Blob, VideoInfo
 
 MAX_BOXES = 10_000  # of a fragmented file, looked through for its index
@@ -34,6 +35,8 @@ def probe(name: str, blob: Blob) -> VideoInfo:
     try:
         with open_stream(name, blob) as (container, stream):
             return _describe(name, container, stream)
+    except RemoteError as error:
+        raise read_error(name, error) from None
     except av.FFmpegError as error:
         raise _explain(name, blob, error) from None
     except VideoError as error:
@@ -145,8 +148,11 @@ def _ends(
 
 def _check_bytes(name: str, blob: Blob) -> None:
     try:
-        with Path(blob.path).open("rb") as file:
-            size = file.seek(0, 2)
+        size = container_size(blob)
+        with open_blob(blob):
+            pass
+    except RemoteError as error:
+        raise read_error(name, error) from None
     except OSError as error:
         cause = error.strerror or str(error)
         raise VideoError(name, f"cannot be opened ({cause})", "check the path", "missing") from None
@@ -160,8 +166,7 @@ def _check_bytes(name: str, blob: Blob) -> None:
 
 def _explain(name: str, blob: Blob, error: av.FFmpegError) -> VideoError:
     """Why a file that is there cannot be opened as a video."""
-    with Path(blob.path).open("rb") as file:
-        file.seek(blob.offset)
+    with open_blob(blob) as file:
         head = file.read(min(4096, blob.size))
     boxes, whole = _mp4_boxes(blob)
     if boxes:
@@ -180,9 +185,9 @@ def _mp4_boxes(blob: Blob) -> tuple[list[bytes], bool]:
     """The types of the top-level boxes (none: no mp4), and whether the last one is complete."""
     boxes: list[bytes] = []
     at = 0
-    with Path(blob.path).open("rb") as file:
+    with open_blob(blob) as file:
         while at + 8 <= blob.size and len(boxes) < MAX_BOXES:
-            file.seek(blob.offset + at)
+            file.seek(at)
             header = file.read(16)
             size, kind = struct.unpack(">I4s", header[:8])
             if size == 1 and len(header) == 16:

@@ -23,10 +23,12 @@ import av
 import numpy as np
 from av.codec.context import Flags2
 
+from ego2robot.blobs import local_blob, open_blob, read_error
 from ego2robot.decode.base import FrameBatch
 from ego2robot.decode.packets import LOOKAHEAD, References, needed
 from ego2robot.decode.picture import Batcher
 from ego2robot.errors import VideoError
+from ego2robot.remote import is_remote
 from ego2robot.types import Blob, FrameSpec, VideoInfo
 
 # A frame's time and a due time are sums of rounded numbers; nearer than this they are the same.
@@ -48,8 +50,13 @@ FORMATS = (
 def locator(blob: Blob) -> str:
     """The address FFmpeg opens: a file, or a byte range of one read in place (its subfile protocol).
 
-    The scheme is always there, so that no file name is taken for a protocol of its own.
+    The scheme is always there, so that no file name is taken for a protocol of its own. What lies far away
+    is fetched into the cache first, whole.
+
+    Raises:
+        OSError: it cannot be fetched.
     """
+    blob = local_blob(blob)
     path = f"file:{Path(blob.path).absolute()}"
     if blob.whole_file:
         return path
@@ -60,23 +67,50 @@ def locator(blob: Blob) -> str:
 def open_stream(name: str, blob: Blob) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its video stream (the first that is no cover picture), one decoding thread.
 
+    What lies far away is read in ranges. libav takes a read that fails for the end of the file: on leaving
+    it is raised after all.
+
     Raises:
         av.FFmpegError: not a video that libav can open.
         VideoError: no video stream, or no decoder for it.
+        RemoteError: reading from afar fails, in spite of several tries.
     """
     options = {"protocol_whitelist": "file,subfile", "format_whitelist": ",".join(FORMATS)}
-    with av.open(locator(blob), container_options=options) as container:
-        videos = [s for s in container.streams.video if not s.disposition & _ATTACHED_PICTURE]
-        if not videos:
-            kinds = sorted({s.type for s in container.streams if s.type in ("audio", "subtitle", "data")})
-            only = f" ({' and '.join(kinds)} only)" if kinds else ""
-            raise VideoError(name, f"no video stream{only}", "give a file with video", "no_video_stream")
-        stream = videos[0]
-        if stream.codec_context is None:
-            hint = "re-encode it as H.264, HEVC, VP9 or AV1"
-            raise VideoError(name, "no decoder for its video stream", hint, "unsupported")
-        stream.codec_context.thread_count = 1
-        yield container, stream
+    with ExitStack() as stack:
+        file = stack.enter_context(open_blob(blob)) if is_remote(blob.path) else None
+        try:
+            container = av.open(file or locator(blob), container_options=options, buffer_size=1 << 16)
+            with container:
+                yield container, _video_stream(name, container)
+        except (av.FFmpegError, VideoError):
+            _raise_failure(file)
+            raise
+        _raise_failure(file)
+
+
+def check_read(container: av.container.InputContainer) -> None:
+    """Raises the RemoteError that reading a container from afar failed with; libav takes it for the end."""
+    if container.file is not None:
+        _raise_failure(container.file.file)
+
+
+def _raise_failure(file: object) -> None:
+    if failure := getattr(file, "failure", None):
+        raise failure
+
+
+def _video_stream(name: str, container: av.container.InputContainer) -> av.VideoStream:
+    videos = [s for s in container.streams.video if not s.disposition & _ATTACHED_PICTURE]
+    if not videos:
+        kinds = sorted({s.type for s in container.streams if s.type in ("audio", "subtitle", "data")})
+        only = f" ({' and '.join(kinds)} only)" if kinds else ""
+        raise VideoError(name, f"no video stream{only}", "give a file with video", "no_video_stream")
+    stream = videos[0]
+    if stream.codec_context is None:
+        hint = "re-encode it as H.264, HEVC, VP9 or AV1"
+        raise VideoError(name, "no decoder for its video stream", hint, "unsupported")
+    stream.codec_context.thread_count = 1
+    return stream
 
 
 _ATTACHED_PICTURE = av.stream.Disposition.attached_pic
@@ -152,15 +186,21 @@ def pictures(
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
-    """Packets to the end, the empty one that flushes last; None where reading failed but went on."""
+    """Packets to the end, the empty one that flushes last; None where reading failed but went on.
+
+    Raises:
+        RemoteError: what is far away cannot be read any more; that is no end and no damage.
+    """
     errors = 0
     while True:
         try:
             for packet in container.demux(stream):
+                check_read(container)
                 errors = 0
                 yield packet
             return
         except av.FFmpegError:
+            check_read(container)
             errors += 1
             if errors > MAX_READ_ERRORS:
                 return
@@ -219,8 +259,7 @@ class PyAV:
             with ExitStack() as stack:
                 yield from _Pass(name, blob, info, due, fast, stack).batches(Batcher(name, spec, info))
         except (av.FFmpegError, OSError) as error:
-            cause = f"cannot be read ({error.strerror})"
-            raise VideoError(name, cause, "check or re-download the file") from None
+            raise read_error(name, error) from None
 
 
 class _Pass:

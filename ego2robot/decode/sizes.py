@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
+from ego2robot.blobs import read_error
 from ego2robot.decode.pyav import MAX_READ_ERRORS, open_stream
-from ego2robot.errors import VideoError
 from ego2robot.types import Blob, VideoInfo
 
 EARLIER_S = 10.0  # a seek without an index lands near, not before
@@ -48,8 +48,7 @@ def packet_sizes(name: str, blob: Blob, info: VideoInfo, begin_s: float, end_s: 
             if rows is None:
                 rows = _from_packets(container, stream, begin, end, EARLIER_S / tick)
     except (av.FFmpegError, OSError) as error:
-        cause = f"cannot be read ({error.strerror})"
-        raise VideoError(name, cause, "check or re-download the file") from None
+        raise read_error(name, error) from None
     table = np.array(rows, np.float64).reshape(-1, 3)
     return Sizes(table[:, 0] * tick - info.start_s, table[:, 1], table[:, 2] > 0)
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from ego2robot_kernels.motion import SIZE as GREY_SIZE
 
+from ego2robot.blobs import read_error
 from ego2robot.decode.base import FrameBatch
 from ego2robot.decode.packets import LOOKAHEAD, References, needed
 from ego2robot.decode.pyav import (
@@ -32,6 +33,7 @@ from ego2robot.decode.pyav import (
     MAX_WAIT_PACKETS,
     WORTH_A_BLIND_SEEK_S,
     WORTH_A_SEEK_S,
+    check_read,
     open_stream,
 )
 from ego2robot.errors import VideoError
@@ -196,8 +198,7 @@ def read_packets(
     except DecoderError as error:
         raise VideoError(name, str(error), HINT, "unsupported") from None
     except (av.FFmpegError, OSError) as error:
-        cause = f"cannot be read ({error.strerror})"
-        raise VideoError(name, cause, "check or re-download the file") from None
+        raise read_error(name, error) from None
 
 
 class _Picker:
@@ -550,10 +551,12 @@ class PacketSource:
         while True:
             try:
                 for packet in self._container.demux(self._stream):
+                    check_read(self._container)
                     errors = 0
                     yield packet
                 return
             except av.FFmpegError:
+                check_read(self._container)
                 errors += 1
                 if errors > MAX_READ_ERRORS:
                     return

@@ -25,6 +25,7 @@ import av
 import numpy as np
 import torch
 
+from ego2robot.blobs import read_error
 from ego2robot.decode import hardware, surfaces
 from ego2robot.decode.base import FrameBatch
 from ego2robot.decode.ffmpeg_names import share_pyav_ffmpeg
@@ -190,8 +191,7 @@ def _read_planes(
     except DecoderError as error:
         raise VideoError(name, str(error), HINT, "unsupported") from None
     except (av.FFmpegError, OSError) as error:
-        cause = f"cannot be read ({error.strerror})"
-        raise VideoError(name, cause, "check or re-download the file") from None
+        raise read_error(name, error) from None
 
 
 class _PacketDecoder:

@@ -10,13 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 
 from ego2robot import config
+from ego2robot.blobs import open_blob, read_error
 from ego2robot.errors import UserError, VideoError
 from ego2robot.jobs import status
 from ego2robot.jobs.claims import Board, Presence, Shard, Terms, worker_name
@@ -25,6 +25,7 @@ from ego2robot.jobs.embedding import Batches, PendingUnit, tables
 from ego2robot.jobs.pool import Event, Pool
 from ego2robot.jobs.worker import WAITS
 from ego2robot.progress import Progress, Show, Tell
+from ego2robot.remote import RemoteError
 from ego2robot.stages.base import Embedder
 from ego2robot.stages.labels import PromptLabels
 from ego2robot.store import atomic
@@ -305,10 +306,12 @@ def _classified(error: VideoError, blob: Blob) -> VideoError:
     if error.kind not in ("corrupt", "truncated"):
         return error
     try:
-        with Path(blob.path).open("rb") as file:
-            for at in (blob.offset, blob.offset + max(0, blob.size - 1)):
+        with open_blob(blob) as file:
+            for at in (0, max(0, blob.size - 1)):
                 file.seek(at)
                 file.read(1)
+    except RemoteError as reason:
+        return read_error(error.name, reason)
     except OSError as reason:
         kind = "missing" if reason.errno in MISSING else "io"
         cause = f"cannot be read ({reason.strerror or reason})"

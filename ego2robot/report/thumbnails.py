@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 from PIL import Image
 
+from ego2robot.blobs import container_size
 from ego2robot.decode import policy
 from ego2robot.errors import VideoError
 from ego2robot.report import Progress
@@ -171,9 +171,8 @@ def _of_video(
 
 def _gone(blob: Blob) -> str | None:
     """Why the bytes are not what they were when the run was planned, or None."""
-    path = Path(blob.path)
     try:
-        size = path.stat().st_size
+        size = container_size(blob)
     except OSError as error:
         return f"source video not readable now: {error.strerror}"
     if (blob.whole_file and size != blob.size) or size < blob.offset + blob.size:

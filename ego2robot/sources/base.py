@@ -13,8 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from ego2robot import config
+from ego2robot.blobs import open_blob
 from ego2robot.errors import UserError, VideoError
-from ego2robot.types import Blob, Span, Trajectory, Video
+from ego2robot.remote import RemoteObject, is_remote
+from ego2robot.types import Blob, Span, Trajectory, Video, short_id
 
 DEFAULTS = config.Source()
 SAMPLED_BLOCKS, BLOCK = 16, 1 << 16
@@ -160,15 +162,26 @@ def file_blob(path: Path) -> Blob:
 def identity(blob: Blob) -> str:
     """16 hex digits that name the bytes: their number, and 16 blocks of 64 KiB spread over them.
 
-    Small files are read whole. Raises OSError when the file cannot be read.
+    Small files are read whole. Where a store has a checksum of a remote object that is taken instead, with
+    the place in it: nothing is read, but the name is not that of a copy on a disk.
+
+    Raises OSError when the file cannot be read.
     """
+    remote = RemoteObject(blob.path) if is_remote(blob.path) else None
+    if remote and remote.stat.checksum:
+        return short_id("remote", remote.stat.checksum, remote.size, blob.offset, blob.size)
     digest = hashlib.blake2b(str(blob.size).encode(), digest_size=8)
-    with Path(blob.path).open("rb") as file:
-        if blob.size <= SAMPLED_BLOCKS * BLOCK:
-            file.seek(blob.offset)
-            digest.update(file.read(blob.size))
-        else:
-            for i in range(SAMPLED_BLOCKS):
-                file.seek(blob.offset + (blob.size - BLOCK) * i // (SAMPLED_BLOCKS - 1))
-                digest.update(file.read(BLOCK))
+    spread = [0]
+    length = blob.size
+    if blob.size > SAMPLED_BLOCKS * BLOCK:
+        spread = [(blob.size - BLOCK) * i // (SAMPLED_BLOCKS - 1) for i in range(SAMPLED_BLOCKS)]
+        length = BLOCK
+    if remote:
+        for data in remote.ranges([(blob.offset + at, blob.offset + at + length) for at in spread]):
+            digest.update(data)
+        return digest.hexdigest()
+    with open_blob(blob) as file:
+        for at in spread:
+            file.seek(at)
+            digest.update(file.read(length))
     return digest.hexdigest()
