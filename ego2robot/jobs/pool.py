@@ -336,6 +336,8 @@ def _main(
     """A child's life. Ctrl-C is the parent's business; a vanished parent ends the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Locks that libraries make here then have no names, which a child that is killed would leave behind.
+    multiprocessing.set_start_method("fork", force=True)
     if os.environ != environ:  # the process that we are forked from may be older than a change
         os.environ.clear()
         os.environ.update(environ)
