@@ -216,6 +216,8 @@ class Export:
     action: Literal["compensated", "wrist"] = "compensated"  # without or with the camera's own motion
     smooth: Literal["none", "action", "all"] = "action"  # One-Euro filter; on states it lags the picture
     codec: Literal["av1", "h264"] = "av1"
+    blur_faces: bool = False  # covers the faces that are found; some are missed, see export/privacy.py
+    strip_metadata: bool = False  # no names of videos, people, places; pseudonyms keep them apart
 
 
 @section

@@ -101,8 +101,8 @@ class HandNet(nn.Module):
         place = torch.device(device)
         self.dtype = dtype
         self.palm_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-        self.palm = _network(palm_path, palm.SIZE, place, self.palm_dtype)
-        self.landmark = _network(landmark_path, landmark.SIZE, place, dtype)
+        self.palm = network(palm_path, palm.SIZE, place, self.palm_dtype)
+        self.landmark = network(landmark_path, landmark.SIZE, place, dtype)
         self.register_buffer("anchors_A2", palm.anchors(device))
         if place.type == "cpu":
             # glibc gives blocks of some MB back to the system when they are freed and asks for them page by
@@ -194,7 +194,12 @@ def _has_kernels(frames_BHWC: torch.Tensor) -> bool:
     return frames_BHWC.is_cuda and frames_BHWC.dtype == torch.uint8
 
 
-def _network(path: str | Path, size: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def network(path: str | Path, size: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A network that takes pictures of ``size`` x ``size``, made ready for its device.
+
+    Raises:
+        UserError: the file is missing, is not such a network, or cannot be translated.
+    """
     module = tflite.load(path)
     if module.meta["input_size"] != (size, size):
         raise UserError(f"{path}: takes pictures of {module.meta['input_size']}, not {size} x {size}")
