@@ -124,7 +124,7 @@ def moving(n: int, seed: int = 0) -> dict[str, np.ndarray]:
         for p, name in enumerate(
             ("hip", *(f"spine{j}" for j in range(1, 8)), *(f"neck{j}" for j in range(1, 5)))
         ):
-            found[name][i] = _pose(heading, origin + [0, 0.9 + 0.05 * p, 0])
+            found[name][i] = _pose(heading, origin + np.array([0, 0.9 + 0.05 * p, 0]))
     return {name: T.astype(np.float32) for name, T in found.items()}
 
 

@@ -97,8 +97,8 @@ class EgoDex(Source):
                 yield error
         if not found:
             raise UserError(
-                f"source.path={path}: no EgoDex files there (looked for <task>/<i>.mp4 and <i>.hdf5 in it and "
-                "below); unpack part1.zip, test.zip … and give that folder"
+                f"source.path={path}: no EgoDex files there (looked for <task>/<i>.mp4 and <i>.hdf5 in it "
+                "and below); unpack part1.zip, test.zip … and give that folder"
             )
 
     def trajectory(
@@ -106,11 +106,11 @@ class EgoDex(Source):
     ) -> Trajectory | None:
         """Poses of the wrists, all finger tips and the camera; see :class:`types.Trajectory`.
 
-        State [T, 69]: for the left and then the right hand, the wrist's position and the first two columns of
-        its rotation (9), the tips of thumb, index, middle, ring and little finger (3 each), then the camera (9)
-        and the twelve joints' confidences. Action [T, 57]: the same poses at the next of ``times_s``; the last
-        one repeats. In the camera's frame (``options.frame``) an action lies in the camera's frame of *its own*
-        step, so that what the head does meanwhile is not taken for the hands' motion.
+        State [T, 69]: for the left and then the right hand, the wrist's position and the first two columns
+        of its rotation (9), the tips of thumb, index, middle, ring and little finger (3 each), then the
+        camera (9) and the twelve joints' confidences. Action [T, 57]: the same poses at the next of
+        ``times_s``; the last one repeats. In the camera's frame (``options.frame``) an action lies in the
+        camera's frame of *its own* step, so that a turn of the head is not taken for the hands' motion.
 
         At a frame's own time, the poses are those of the file; between, they are interpolated. NaN: a joint
         that the file lacks, a matrix that is no pose, a time more than half a frame after the last pose (some
@@ -202,8 +202,8 @@ def _pairs(path: str, skip: Path | None) -> Iterator[tuple[Path, str, dict[str, 
     if root is None or not root.is_dir():
         seen: set[Path] = set()
         for file in find_files(path, (VIDEO, POSES), skip, "EgoDex files"):
-            if (stem := file.with_suffix("")) not in seen:
-                seen.add(stem)
+            if (bare := file.with_suffix("")) not in seen:
+                seen.add(bare)
                 there = {file.suffix.lower(): file.suffix}
                 for kind in (VIDEO, POSES):
                     if kind not in there and file.with_suffix(kind).is_file():
@@ -215,10 +215,10 @@ def _pairs(path: str, skip: Path | None) -> Iterator[tuple[Path, str, dict[str, 
         folder = Path(here)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (folder / f).resolve() != skipped)
         stems: dict[str, dict[str, str]] = {}
-        for file in files:
-            stem, dot, suffix = file.rpartition(".")
+        for named in files:
+            stem, dot, suffix = named.rpartition(".")
             kind = (dot + suffix).lower()
-            if stem and kind in (VIDEO, POSES) and not file.startswith("."):
+            if stem and kind in (VIDEO, POSES) and not named.startswith("."):
                 stems.setdefault(stem, {})[kind] = dot + suffix
         for stem in sorted(stems, key=lambda s: (not s.isdecimal(), int(s) if s.isdecimal() else 0, s)):
             yield folder, stem, stems[stem]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ class Hdf5:
         """The attributes of the file that are text or numbers, as text; lists are joined by commas."""
         found = {}
         with self._explained("attributes"):
-            for name in self._file.attrs:
+            names = list(self._file.attrs)
+        for name in names:
+            with suppress(*DAMAGE):  # one of no known type costs itself alone
                 if (text := self._text(name)) is not None:
                     found[storable(name)] = text
         return found
