@@ -39,6 +39,9 @@ PARTS = (
 SOURCES = {
     "cpu_end_to_end_vs_staged": "end_to_end",
     "cpu_curation_vs_staged": "end_to_end",
+    "cpu_curation_with_triage_vs_staged": "triage",
+    "cpu_end_to_end_vs_staged_parallel": "end_to_end",
+    "cpu_curation_vs_staged_parallel": "end_to_end",
     "cpu_end_to_end_vs_daft": "daft",
     "cpu_end_to_end_vs_ray": "ray",
     "cpu_decode_vs_libav": "decode",

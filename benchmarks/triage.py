@@ -5,7 +5,7 @@ gate) with and without the first look at packet sizes, through the command line,
 the ratio of the processor seconds that a clip costs, all processes and the calibration included; recall the
 share of the clips kept without triage that are kept with it. The footage's pictures repeat within a scene,
 but clips and scenes are not aligned. The short form decodes one of the videos without triage, and compares
-on that one.
+on that one. Some of its clips are also curated the staged way, as the reference does it (see staged.py).
 
 Modes: B-frame footage, and the real sample where it is, decoded exactly and fast.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import CACHE, RESULTS, write_result
+from end_to_end import call, job_for
 
 from ego2robot.decode import ClipFailure, probe, read_clips
 from ego2robot.decode.policy import backends
@@ -48,6 +49,7 @@ RECIPE = (
 )
 VIDEOS = 5
 MINUTES, CALIBRATE = {True: 80.0, False: 200.0}, {True: 80, False: 160}  # of the short and the full form
+STAGED_CLIPS = 20
 EVERY = 5  # frames compared; no multiple of what B-frames repeat after
 THRESHOLDS = (0.02, 0.05, 0.1)  # of motion, that decisions are compared at
 
@@ -82,7 +84,7 @@ def curate(source: Path, run_dir: Path, *more: str) -> dict[str, Any]:
         "processor_s": round(_children_s() - used, 1),
         "wall_s": round(time.monotonic() - began, 1),
         "rows": rows,
-        "audit": run.read_json("plan/triage.json"),
+        "audit": {k: v for k, v in (run.read_json("plan/triage.json") or {}).items() if k != "calibration"},
     }
 
 
@@ -103,6 +105,10 @@ def triage(quick: bool) -> dict[str, Any]:
         "decode.triage.enabled=true",
         f"decode.triage.calibrate_clips={calibrate}",
     )
+    few = job_for(RunDir.open(scratch / "full"), scratch, False, 1)
+    few["tasks"] = few["tasks"][:: max(1, len(few["tasks"]) // STAGED_CLIPS)]
+    staged = call("staged.py", {**few, "as_reference": True}, scratch)
+    staged_s = staged["curation"]["seconds"] / len(few["tasks"])
     truths = load_truths(folder)
     rows, sets = looked.pop("rows"), full.pop("rows")
     worth = {row["clip_id"] for row in sets if row["decision"] == "kept"}
@@ -124,6 +130,14 @@ def triage(quick: bool) -> dict[str, Any]:
         "triage_speedup": round(
             (full["processor_s"] / full["clips"]) / (looked["processor_s"] / looked["clips"]), 3
         ),
+        "cpu_curation_with_triage_vs_staged": round(staged_s / (looked["wall_s"] / looked["clips"]), 3),
+        "staged": {
+            "clips": len(few["tasks"]),
+            "seconds_a_clip": round(staged_s, 3),
+            "same_decisions": round(
+                float(np.mean([(c in found) == one["kept"] for c, one in staged["decisions"].items()])), 4
+            ),
+        },
         "triage_recall": round(len(worth & found) / len(worth), 4) if worth else None,
         "kept_without_triage": len(worth),
     }

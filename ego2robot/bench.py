@@ -16,8 +16,11 @@ from pathlib import Path
 from ego2robot.errors import UserError
 
 RATIOS = {
-    "cpu_end_to_end_vs_staged": "curation and both embedders against the staged way",
-    "cpu_curation_vs_staged": "curation alone against the staged way",
+    "cpu_end_to_end_vs_staged": "curation and both embedders against the staged way of the reference",
+    "cpu_curation_vs_staged": "curation alone against the staged way of the reference",
+    "cpu_curation_with_triage_vs_staged": "the same with triage, where a tenth is manipulation",
+    "cpu_end_to_end_vs_staged_parallel": "curation and both embedders against it with a process a core",
+    "cpu_curation_vs_staged_parallel": "curation alone against it with a process a core",
     "cpu_end_to_end_vs_daft": "curation and both embedders against Daft",
     "cpu_end_to_end_vs_ray": "curation and both embedders against Ray Data",
     "cpu_decode_vs_libav": "our decoding against libav decoding only",
