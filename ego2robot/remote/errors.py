@@ -19,7 +19,8 @@ AGAIN = (408, 409, 423, 425, 429)  # and every 5xx
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError")
 NETWORK = ("Timeout", "Connection", "Connect", "Disconnected", "Payload", "Protocol", "Incomplete", "DNS")
 SECRETS = re.compile(
-    r"hf_\w+|(?i:bearer|basic|token|authorization)[=: ]+\S+|(?<=://)[^/\s@]+@|\?\S*|\b(?:AKIA|ASIA)\w+"
+    r"hf_\w+|(?i:authorization[=: ]+)?(?i:bearer|basic|token)[=: ]+\S+|(?i:authorization)[=: ]+\S+"
+    r"|(?<=://)[^/\s@]+@|\?\S*|\b(?:AKIA|ASIA)\w+"
 )
 
 

@@ -73,7 +73,7 @@ def stat(address: str) -> Stat:
     if known is not None and now - at < STAT_S:
         return known
     system, path = filesystem(address)
-    found = stat_of(_retried(address, lambda: system.info(path)), address)
+    found = stat_of(retried(address, lambda: system.info(path)), address)
     with _lock:
         _stats[address] = now, found
         while len(_stats) > STATS_KEPT:
@@ -139,7 +139,7 @@ class RemoteObject:
         """Some (start, stop) that lie apart, several at once; not kept, but taken from kept blocks."""
         found: list[Future[bytes]] = []
         for at in range(0, len(wanted), AT_ONCE):
-            some = [_started(self._range, *one) for one in wanted[at : at + AT_ONCE]]
+            some = [started(self._range, *one) for one in wanted[at : at + AT_ONCE]]
             for future in some:
                 future.exception()
             found += some
@@ -165,7 +165,7 @@ class RemoteObject:
                 raise RemoteError("io", cause, "plan again if it was replaced")
             return data
 
-        return _retried(self.address, once)
+        return retried(self.address, once)
 
     def local(self, offset: int, size: int) -> Path:
         """A part of it as a file in the cache. Raises RemoteError, and OSError where there is no room."""
@@ -194,11 +194,19 @@ def _read(system: Any, path: str, start: int, stop: int, size: int) -> bytes:
         return bytes(file.read(stop - start))
 
 
-def _retried(address: str, call: Callable[[], T]) -> T:
+def retried(address: str, call: Callable[[], T], stall_s: float | None = None) -> T:
+    """``call()``, tried again after a while where that may help.
+
+    Args:
+        stall_s: how long it may take; default: ``STALL_S``.
+
+    Raises:
+        RemoteError: whatever it raised, told apart.
+    """
     wait = FIRST_WAIT_S
     for tries_left in reversed(range(TRIES)):
         try:
-            return _within(call)
+            return _within(call, stall_s or STALL_S)
         except Exception as error:  # noqa: BLE001 — a store's package raises what it likes
             found = explain(error, address)
             if found.kind != "io" or not tries_left:
@@ -208,18 +216,18 @@ def _retried(address: str, call: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def _within(call: Callable[[], T]) -> T:
+def _within(call: Callable[[], T], stall_s: float) -> T:
     """``call`` in a thread of its own, which is left behind when it stalls."""
-    future = _started(call)
+    future = started(call)
     try:
-        return future.result(STALL_S)
+        return future.result(stall_s)
     except TimeoutError:
         if future.done():
             raise
-        raise RemoteError("io", f"nothing came for {STALL_S:g} s", "check the network") from None
+        raise RemoteError("io", f"nothing came for {stall_s:g} s", "check the network") from None
 
 
-def _started(call: Callable[..., T], *args: Any) -> Future[T]:
+def started(call: Callable[..., T], *args: Any) -> Future[T]:
     """Runs in a daemon thread: a stalled one does not keep the process from ending."""
     future: Future[T] = Future()
 
@@ -324,4 +332,4 @@ class RangedFile(io.RawIOBase):
             return
         self._window = min(MAX_AHEAD, 2 * self._window)
         n = min(self._window, end - first)
-        self._ahead = first, first + n, _started(self._remote.blocks, first, n)
+        self._ahead = first, first + n, started(self._remote.blocks, first, n)

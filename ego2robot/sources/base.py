@@ -15,7 +15,7 @@ import numpy as np
 from ego2robot import config
 from ego2robot.blobs import open_blob
 from ego2robot.errors import UserError, VideoError
-from ego2robot.remote import RemoteObject, is_remote
+from ego2robot.remote import RemoteObject, is_remote, shown
 from ego2robot.types import Blob, Span, Trajectory, Video, short_id
 
 DEFAULTS = config.Source()
@@ -82,6 +82,8 @@ def find_files(path: str, suffixes: tuple[str, ...], skip: Path | None, what: st
     """
     if not path:
         raise UserError("source.path is not set; add source.path=/a/folder/of/videos")
+    if is_remote(path):
+        raise UserError(f"source.path={shown(path)}: this kind of source reads folders of this machine only")
     root = Path(path).expanduser()
     if root.is_dir():
         found = _walk(root, suffixes, skip)
@@ -142,11 +144,11 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def check_name(path: Path) -> None:
+def check_name(path: Path | str) -> None:
     """Raises VideoError for a path that is not UTF-8: a plan could not name it."""
     if storable(str(path)) != str(path):
         cause = "its path is not UTF-8"
-        raise VideoError(storable(path.name), cause, "rename the file or folder", "unsupported")
+        raise VideoError(storable(Path(path).name), cause, "rename the file or folder", "unsupported")
 
 
 def file_blob(path: Path) -> Blob:
