@@ -255,42 +255,76 @@ def search(
         _warn(f"{answer.embedding} has random weights: this order means nothing")
 
 
+OutArg = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the dataset.")]
+TopOption = Annotated[int | None, typer.Option(min=1, help="At most so many clips, best first.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=0, max=1024, help="Processes; one per core without; 0: only this one.")
+]
+CodecOption = Annotated[Literal["av1", "h264"] | None, typer.Option(help="Of the videos.")]
+RepresentativesOption = Annotated[
+    bool, typer.Option("--only-representatives", help="Leave out near-duplicates of a better clip.")
+]
+
+
 @export_app.command("lerobot")
 def export_lerobot(
     run: RunArg,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the dataset.")],
-    top: Annotated[int | None, typer.Option(min=1, help="At most so many episodes, best first.")] = None,
-    schema: Annotated[Literal["hands", "reference"] | None, typer.Option(help="State and action.")] = None,
-    codec: Annotated[Literal["av1", "h264"] | None, typer.Option(help="Of the videos.")] = None,
+    out: OutArg,
+    top: TopOption = None,
+    schema: Annotated[
+        Literal["auto", "hands", "reference", "native"] | None,
+        typer.Option(help="State and action; native: what the dataset itself measured."),
+    ] = None,
+    codec: CodecOption = None,
     action: Annotated[
         Literal["compensated", "wrist"] | None,
         typer.Option(help="Wrists without or with the camera's motion."),
     ] = None,
+    workers: WorkersOption = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only a share of the work, I from 0; a call without this ends it."),
+    ] = None,
+    only_representatives: RepresentativesOption = False,
 ) -> None:
-    """Write a LeRobot v3.0 dataset from a run's kept clips."""
+    """Write a LeRobot v3.0 dataset from a run's kept clips. Again: goes on where it was interrupted."""
     from ego2robot.console import display
     from ego2robot.export.lerobot import export_lerobot as export
-    from ego2robot.progress import Progress
+    from ego2robot.export.lerobot import export_lerobot_shard
+    from ego2robot.jobs.claims import Shard
+    from ego2robot.progress import paced
     from ego2robot.store.rundir import RunDir
 
     opened = RunDir.open(run)
     cfg = opened.config.export
+    asked: dict[str, Any] = {
+        "top": top or cfg.top,
+        "schema": schema or cfg.schema,
+        "codec": codec or cfg.codec,
+        "action": action or cfg.action,
+        "smooth": cfg.smooth,
+        "workers": _export_workers(workers, opened),
+        "only_representatives": only_representatives,
+    }
     with display() as (show, _):
-        result = export(
-            opened,
-            out,
-            top or cfg.top,
-            schema or cfg.schema,
-            codec or cfg.codec,
-            action or cfg.action,
-            cfg.smooth,
-            progress=lambda done, total: show(Progress("exporting", done, total)),
-        )
+        if shard is not None:
+            left = export_lerobot_shard(
+                opened, out, shard=Shard.parse(shard), progress=paced("exporting", show), **asked
+            )
+        else:
+            result = export(opened, out, progress=paced("exporting", show), **asked)
+    if shard is not None:
+        print(f"shard {shard} done, {left} units are left; the same command without --shard ends it")
+        return
     print(f"{out}: {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB")
     for clip, reason in result.skipped:
         print(f"clip {clip} left out: {reason}")
     for warning in result.warnings:
         _warn(warning)
+
+
+def _export_workers(asked: int | None, opened: Any) -> int:
+    return asked if asked is not None else opened.config.workers or len(os.sched_getaffinity(0))
 
 
 @app.command()

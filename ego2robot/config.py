@@ -212,7 +212,8 @@ class Export:
     enabled: bool = True
     path: str = ""
     top: PositiveInt = 50  # at most so many episodes, best first
-    schema: Literal["hands", "reference"] = "hands"
+    # hands, reference: of the hands that are seen; native: the dataset's own; auto: that where it gives one
+    schema: Literal["auto", "hands", "reference", "native"] = "auto"
     action: Literal["compensated", "wrist"] = "compensated"  # without or with the camera's own motion
     smooth: Literal["none", "action", "all"] = "action"  # One-Euro filter; on states it lags the picture
     codec: Literal["av1", "h264"] = "av1"

@@ -38,7 +38,11 @@ def line(progress: Progress) -> str:
     """
     p = progress
     if p.stage != "curating":
-        return p.stage + (f" {p.done}/{p.total}" if p.total else f" {p.done}" if p.done else "")
+        plain = p.stage + (f" {p.done}/{p.total}" if p.total else f" {p.done}" if p.done else "")
+        if not p.rate or p.eta_s is None:
+            return plain
+        left = f" · ETA {duration(p.eta_s)}" if p.done < p.total else ""
+        return f"{plain} clips{left} · {p.rate:.2f} clips/s"
     parts = [f"{p.stage} {p.done}/{p.total} clips"]
     if p.eta_s is not None and p.done < p.total:
         parts.append(f"ETA {duration(p.eta_s)}")

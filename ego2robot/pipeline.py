@@ -27,7 +27,7 @@ from ego2robot.jobs.verify import Verdict, verify
 from ego2robot.jobs.work import Member, settle, together
 from ego2robot.jobs.work import work as share_work
 from ego2robot.jobs.worker import SCORES, Scoring, scoring
-from ego2robot.progress import Progress, Show, Tell
+from ego2robot.progress import Progress, Show, Tell, paced
 from ego2robot.report import write_report
 from ego2robot.skills import cluster
 from ego2robot.stages import gate as gates
@@ -195,7 +195,8 @@ def _finish(run_dir: RunDir, show: Show) -> Outcome:
             cfg.export.codec,
             cfg.export.action,
             cfg.export.smooth,
-            progress=lambda done, total: show(Progress("exporting", done, total)),
+            progress=paced("exporting", show),
+            workers=cfg.workers or len(os.sched_getaffinity(0)),
         )
         warnings += exported.warnings
     show(Progress("reporting"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,3 +32,19 @@ class Progress:
 
 Show = Callable[[Progress], None]
 Tell = Callable[[str], None]
+
+
+def paced(stage: str, show: Show) -> Callable[[int, int], None]:
+    """A function that shows (clips done, clips to do) with the rate since it was first told, and an ETA."""
+    began: tuple[float, int] | None = None
+
+    def tell(done: int, total: int) -> None:
+        nonlocal began
+        now = time.monotonic()
+        if began is None:
+            began = now, done
+        elapsed, new = now - began[0], done - began[1]
+        rate = new / elapsed if elapsed > 0 and new > 0 else 0.0
+        show(Progress(stage, done, total, rate=rate, eta_s=(total - done) / rate if rate else None))
+
+    return tell

@@ -25,9 +25,11 @@ import yaml
 from ego2robot import config, decode
 from ego2robot.decode import policy
 from ego2robot.errors import UserError
-from ego2robot.export import lerobot, stats, video
+from ego2robot.export import episode, lerobot, staging, stats, video
+from ego2robot.export.episode import ACTION, STATE
 from ego2robot.export.files import Limits
-from ego2robot.export.lerobot import ACTION, STATE, VIDEO_KEY, export_lerobot
+from ego2robot.export.lerobot import export_lerobot
+from ego2robot.export.lerobot_format import VIDEO_KEY
 from ego2robot.jobs.plan import clips_of, units_of
 from ego2robot.sources.base import identity
 from ego2robot.store import atomic, schema
@@ -286,7 +288,7 @@ def test_states_and_actions_follow_the_hands_of_the_right_clip(exported: Any, tm
     run, _, _, _ = exported
     out = tmp_path / "dataset"
     export_lerobot(run, out, top=50, action="wrist")
-    names = lerobot.NAMES["hands"][0]
+    names = episode.NAMES["hands"][0]
     data = data_of(out).to_pydict()
     for row in episodes_of(out):
         rows = slice(row["dataset_from_index"], row["dataset_to_index"])
@@ -475,10 +477,10 @@ def test_no_video_file_is_so_long_that_float32_times_blur(tmp_path: Path) -> Non
     assert np.spacing(np.float32(video.MAX_FILE_S)) < 1e-4
     black = np.zeros((500, 32, 64, 3), np.uint8)
     mp4 = video.encode_episode(black, 1, video.CODECS["h264"])
-    with video.VideoFiles(tmp_path, 1, Limits()) as files:
+    with video.VideoFiles(lambda part: tmp_path / f"{part}.mp4", 1, Limits()) as files:
         segments = [files.add(mp4, 500) for _ in range(3)]
-    assert [s.place.file for s in segments] == [0, 0, 1]
-    assert [s.to_s for s in segments] == [500.0, 1000.0, 500.0]
+    assert [(s.part, s.first) for s in segments] == [(0, 0), (0, 500), (1, 0)]
+    assert files.n_files == 2
 
 
 def test_the_best_clips_are_chosen_by_label_score(exported: Any, tmp_path: Path) -> None:
@@ -642,13 +644,12 @@ def test_what_a_killed_export_left_is_cleaned_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    for what in ("tmp", "old"):
-        dead = lerobot._sibling(out, what).name.rpartition("-")[0] + f"-{child.pid}"
-        (tmp_path / dead).mkdir()
-        (tmp_path / dead / what).write_text("")
-    foreign = tmp_path / "out.tmp-elsewhere-1"
+    dead = staging.sibling(out, "old").name.rpartition("-")[0] + f"-{child.pid}"
+    (tmp_path / dead).mkdir()
+    (tmp_path / dead / "old").write_text("")
+    foreign = tmp_path / "out.old-elsewhere-1"
     foreign.mkdir()
-    lerobot._remove_leftovers(out)
+    staging.remove_leftovers(out)
     assert (out / "old").exists(), "killed between the two renames: the earlier dataset comes back"
     assert {p.name for p in tmp_path.iterdir()} == {"out", foreign.name}
 

@@ -19,6 +19,9 @@ STATE_TEXT = {
     "the hand is not seen",
     "reference": "the box (x_min, y_min, x_max, y_max) of one hand as shares of the picture's width and "
     "height, zeros while it is not seen",
+    "native": "what the dataset itself measured; the columns are named in `meta/info.json`. What it does not "
+    "know is the value known last before (the first one known, at the beginning; 0 where it never is): "
+    "`observation.known` says which shares of the state's and of the action's columns were known in a frame",
 }
 ACTION_TEXT = {
     "compensated": "motion (dx, dy) of the left and then the right wrist to the next frame over the still "
@@ -28,7 +31,20 @@ ACTION_TEXT = {
     "picture's width and height; zero where a wrist is not seen in both frames; the last one is repeated",
     "reference": "motion (dx, dy) of one wrist to the next frame, as shares of the picture's width and "
     "height, clipped to [-1, 1]; zero where it is not seen in both frames; the last one is repeated",
+    "native": "the dataset's own; where it has none, the state of the next frame, the last one repeated",
 }
+
+
+PSEUDO = (
+    "> **Pseudo-actions, not robot actions.** Nobody drove a robot here. `observation.state` and "
+    "`action` are positions and motions of *detected* hands in the *picture* (2D, in shares of its "
+    "width and height). They see the head move as well as the hands, know nothing of depth, grip or "
+    "force, and cannot be executed by any robot. Use them to pre-train representations, not to control."
+)
+MEASURED = (
+    "> **Measured states.** `observation.state` and `action` are what the dataset that the footage is from "
+    "gives for these moments, not what ego2robot saw in the pictures. Units: {units}."
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,7 @@ class Facts:
     random_models: Sequence[str]
     license: str | None
     version: str
+    units: str = ""  # of the columns of a native state
 
 
 def license_of(pairs: Iterable[tuple[str, str | None]]) -> str | None:
@@ -65,7 +82,7 @@ def card(facts: Facts) -> str:
     head: dict[str, Any] = {
         "license": facts.license.lower() if facts.license else "other",
         "task_categories": ["robotics"],
-        "tags": ["LeRobot", "egocentric", "hands", "pseudo-actions"],
+        "tags": ["LeRobot", "egocentric", "hands", *([] if facts.schema == "native" else ["pseudo-actions"])],
         "configs": [{"config_name": "default", "data_files": "data/*/*.parquet"}],
     }
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
@@ -88,10 +105,7 @@ def _body(facts: Facts) -> str:
     parts = [
         "# First-person hand work as robot-learning episodes",
         f"Made by ego2robot {facts.version} from first-person video, in the LeRobot dataset format v3.0.",
-        "> **Pseudo-actions, not robot actions.** Nobody drove a robot here. `observation.state` and "
-        "`action` are positions and motions of *detected* hands in the *picture* (2D, in shares of its "
-        "width and height). They see the head move as well as the hands, know nothing of depth, grip or "
-        "force, and cannot be executed by any robot. Use them to pre-train representations, not to control.",
+        MEASURED.format(units=_inline(facts.units)) if facts.schema == "native" else PSEUDO,
         *_warnings(facts),
         "## Figures",
         _table(
@@ -103,7 +117,7 @@ def _body(facts: Facts) -> str:
                 ("videos", f"{len(facts.videos):,}"),
                 ("clips planned → kept → exported", f"{facts.considered:,} → {facts.kept:,} → {episodes:,}"),
                 ("left out at export", f"{facts.skipped:,}"),
-                ("a hand is seen in", seen),
+                *([] if facts.schema == "native" else [("a hand is seen in", seen)]),
                 ("picture", f"{facts.height} × {facts.width} RGB, {facts.codec.upper()} (lossy)"),
             ],
         ),

@@ -7,17 +7,18 @@ interpolate linearly between order statistics (``numpy.quantile``'s default).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 NAMES = ("min", "max", "mean", "std", "count", *QUANTILES)
 COLUMN_BYTES = 256 << 20  # of one feature held at once while a whole dataset is summed up
+BLOCK_ROWS = 1 << 16
+HALF = 1 << 16  # values of half a float32
 
 Statistics = dict[str, np.ndarray]
 
@@ -109,29 +110,143 @@ def vector_statistics(values_ND: np.ndarray) -> Statistics:
     }
 
 
-def column_statistics(files: Sequence[Path], column: str, dim: int) -> Statistics:
-    """:func:`vector_statistics` of one column over all data files of a dataset.
+def weighted_statistics(values: np.ndarray, counts: np.ndarray) -> Statistics:
+    """Statistics of ``values`` [V] ascending that occur ``counts`` [V] times; each [1].
 
-    Quantiles need all values of a dimension at once, so as many dimensions as fit into
-    ``COLUMN_BYTES`` are read per pass: memory is bounded, more rows cost more passes.
+    Raises:
+        ValueError: no value occurs.
     """
-    rows = sum(pq.read_metadata(file).num_rows for file in files)
-    width = max(1, min(dim, COLUMN_BYTES // (8 * max(1, rows))))
-    parts = []
-    for start in range(0, dim, width):
-        some = slice(start, min(dim, start + width))
-        blocks = [block[:, some].copy() for block in _blocks(files, column, dim)]
-        parts.append(vector_statistics(np.concatenate(blocks)))
+    if not counts.sum():
+        raise ValueError("no rows to sum up")
+    found = _of_histogram(values.astype(np.float64), counts)
+    exact = values if np.issubdtype(values.dtype, np.integer) else values.astype(np.float64)
+    ends = [exact[counts > 0][end] for end in (0, -1)]
     return {
-        name: parts[0][name] if name == "count" else np.concatenate([p[name] for p in parts])
-        for name in NAMES
+        **{name: np.array([found[name]]) for name in found},
+        "min": np.array([ends[0]]),
+        "max": np.array([ends[1]]),
+        "count": np.array([int(counts.sum())]),
     }
 
 
+def count_statistics(n: int) -> Statistics:
+    """Statistics of the numbers 0 to ``n`` - 1, each once; each [1]."""
+    return {
+        "min": np.array([0]),
+        "max": np.array([n - 1]),
+        "mean": np.array([(n - 1) / 2]),
+        "std": np.array([np.sqrt((n * n - 1) / 12)]),
+        "count": np.array([n]),
+        **{name: np.array([q * (n - 1)]) for name, q in QUANTILES.items()},
+    }
+
+
+def column_statistics(files: Sequence[Path], column: str, dim: int) -> Statistics:
+    """:func:`vector_statistics` of a float32 column over all data files of a dataset, in their order.
+
+    Sums are of blocks of ``BLOCK_ROWS`` rows, whatever the files, so equal rows give equal numbers.
+    Quantiles are exact: up to ``COLUMN_BYTES`` the values are held; of more, those at the wanted ranks are
+    found by counting first the upper and then the lower halves of their bits, so memory stays bounded.
+
+    Raises:
+        ValueError: no rows.
+    """
+    n = sum(pq.read_metadata(file).num_rows for file in files)
+    if not n:
+        raise ValueError("no rows to sum up")
+    held = 4 * n * dim <= COLUMN_BYTES
+    blocks = list(_blocks(files, column, dim)) if held else None
+
+    def again() -> Iterable[np.ndarray]:
+        return blocks if blocks is not None else _blocks(files, column, dim)
+
+    total, low, high = np.zeros(dim), np.full(dim, np.inf), np.full(dim, -np.inf)
+    for block in again():
+        total += block.sum(0, dtype=np.float64)
+        low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+    mean = total / n
+    squares = np.zeros(dim)
+    for block in again():
+        squares += ((block.astype(np.float64) - mean) ** 2).sum(0)
+    positions = [q * (n - 1) for q in QUANTILES.values()]
+    ranks = sorted({r for at in positions for r in (int(at), min(int(at) + 1, n - 1))})
+    if blocks is not None:
+        ranked = _ranked_by_sorting(np.concatenate(blocks), ranks)
+    else:
+        ranked = _ranked_by_counting(again, ranks, dim)
+    quantiles = {}
+    for name, at in zip(QUANTILES, positions, strict=True):
+        below, above = (ranked[ranks.index(r)] for r in (int(at), min(int(at) + 1, n - 1)))
+        quantiles[name] = below + (at - int(at)) * (above - below)
+    return {
+        "min": low,
+        "max": high,
+        "mean": mean,
+        "std": np.sqrt(squares / n),
+        "count": np.array([n]),
+        **quantiles,
+    }
+
+
+def _ranked_by_sorting(values_ND: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+    """float64 [ranks, D]: the values at these ranks of each column."""
+    return np.stack([np.partition(column, ranks)[ranks] for column in values_ND.T], 1).astype(np.float64)
+
+
+def _ranked_by_counting(
+    blocks: Callable[[], Iterable[np.ndarray]], ranks: Sequence[int], dim: int
+) -> np.ndarray:
+    """As :func:`_ranked_by_sorting`, of float32 blocks that are gone through several times."""
+    upper = np.zeros((dim, HALF), np.int64)
+    for block in blocks():
+        keys = _ordered(block) >> 16
+        for d in range(dim):
+            upper[d] += np.bincount(keys[:, d], minlength=HALF)
+    ends = np.cumsum(upper, axis=1)
+    bins = np.stack([np.searchsorted(e, ranks, side="right") for e in ends])  # [D, ranks]
+    del upper
+    found = np.zeros((len(ranks), dim), np.uint32)
+    width = max(1, COLUMN_BYTES // (8 * HALF * len(ranks)))  # columns whose lower halves are counted at once
+    for start in range(0, dim, width):
+        some = range(start, min(dim, start + width))
+        lower = {(d, b): np.zeros(HALF, np.int64) for d in some for b in set(bins[d].tolist())}
+        for block in blocks():
+            keys = _ordered(block[:, start : some.stop])
+            for (d, b), counts in lower.items():
+                column = keys[:, d - start]
+                np.add(counts, np.bincount(column[column >> 16 == b] & 0xFFFF, minlength=HALF), out=counts)
+        for d in some:
+            for i, rank in enumerate(ranks):
+                b = int(bins[d, i])
+                before = int(ends[d, b - 1]) if b else 0
+                low = int(np.searchsorted(np.cumsum(lower[d, b]), rank - before, side="right"))
+                found[i, d] = b << 16 | low
+    return _values(found).astype(np.float64)
+
+
+def _ordered(values: np.ndarray) -> np.ndarray:
+    """uint32 keys that order as the float32 ``values`` do: IEEE 754's bits, with negative numbers turned."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def _values(keys: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`_ordered`."""
+    return np.where(keys >> 31, keys & np.uint32(0x7FFFFFFF), ~keys).astype(np.uint32).view(np.float32)
+
+
 def _blocks(files: Sequence[Path], column: str, dim: int) -> Iterator[np.ndarray]:
+    """float32 [BLOCK_ROWS, dim], the last one shorter; no negative zeros."""
+    waiting, rows = [], 0
     for file in files:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(columns=[column]):
-                array = batch.column(0)
-                flat = array.flatten() if pa.types.is_fixed_size_list(array.type) else array
-                yield flat.to_numpy(zero_copy_only=False).reshape(-1, dim)
+            for batch in parquet.iter_batches(BLOCK_ROWS, columns=[column]):
+                flat = batch.column(0).flatten().to_numpy(zero_copy_only=False)
+                waiting.append(flat.reshape(-1, dim) + np.float32(0))
+                rows += len(waiting[-1])
+                if rows >= BLOCK_ROWS:
+                    joined = np.concatenate(waiting)
+                    yield joined[:BLOCK_ROWS]
+                    waiting, rows = [joined[BLOCK_ROWS:]], rows - BLOCK_ROWS
+    if rows:
+        yield np.concatenate(waiting)

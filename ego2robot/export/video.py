@@ -1,15 +1,16 @@
 """Episodes to video: each encoded on its own, many to a file, every frame at an exact time.
 
 An episode starts with a keyframe and refers to no other one, because it has an encoder of its own; a
-file is its episodes' packets one after the other. So the size of an episode is known before it is
-decided which file it goes to, and an encoder never holds more than one.
+file is its episodes' packets one after the other. So an episode's bytes depend on its frames alone, its size
+is known before it is decided whether it still fits into a file, and an encoder never holds more than one.
+Encoders have one thread: there is a process for each core, and more threads would give other bytes.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
-from ego2robot.export.files import Limits, Place
+from ego2robot.errors import UserError
+from ego2robot.export.files import Limits
 
 # LeRobot compares times in float32 with a tolerance of 1e-4 s. From 1024 s on one step of float32 is
 # more than that, and frames that are there are refused.
@@ -41,13 +43,33 @@ class Codec:
 # visibly worse than SVT-AV1 at 30, so it gets its own default; no B-frames, times are then exact.
 GOP = 2
 CODECS = {
-    "av1": Codec("av1", "libsvtav1", {"crf": "30", "preset": "10"}),
+    "av1": Codec("av1", "libsvtav1", {"crf": "30", "preset": "10", "svtav1-params": "lp=1"}),
     "h264": Codec("h264", "libx264", {"crf": "23", "preset": "veryfast", "bf": "0"}),
 }
+# Of one pixel in one frame at these settings: what the demo's footage takes, rounded up. It decides how much
+# footage is meant for a file, not how large a file may get.
+EXPECTED_BYTES = 0.1
 
 
-def encode_episode(frames_THWC: np.ndarray, fps: int, codec: Codec) -> bytes:
+def check_codec(name: str) -> Codec:
+    """The codec of that name. Raises UserError when there is none, or this PyAV lacks its encoder."""
+    if name not in CODECS:
+        raise UserError(f"codec={name!r}: should be one of {', '.join(CODECS)}")
+    encoder = CODECS[name].encoder
+    if encoder not in av.codecs_available:
+        others = [other for other, c in CODECS.items() if c.encoder in av.codecs_available]
+        raise UserError(
+            f"codec={name}: this PyAV has no {encoder}; "
+            + (f"use codec={others[0]}" if others else "pip install --force-reinstall av")
+        )
+    return CODECS[name]
+
+
+def encode_episode(frames_THWC: np.ndarray, fps: Fraction | int, codec: Codec, gop: int = GOP) -> bytes:
     """uint8 RGB [T, H, W, 3] as an MP4 of its own, frame ``k`` at ``k / fps`` s.
+
+    Args:
+        gop: frames from keyframe to keyframe.
 
     The colour matrix is BT.601 and says so: decoders that read the tag, those that go by the picture's
     size and those that know only their default all give the same colours back.
@@ -60,14 +82,14 @@ def encode_episode(frames_THWC: np.ndarray, fps: int, codec: Codec) -> bytes:
         stream = container.add_stream(codec.encoder, rate=fps, options=dict(codec.options))
         stream.width, stream.height, stream.pix_fmt = width, height, PIX_FMT
         context = stream.codec_context
-        context.gop_size = GOP
-        context.time_base = Fraction(1, fps)
+        context.gop_size, context.thread_count = gop, 1
+        context.time_base = 1 / Fraction(fps)
         context.colorspace, context.color_range = int(Colorspace.ITU601), int(ColorRange.MPEG)
         for k, picture in enumerate(frames_THWC):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
                 format=PIX_FMT, dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
             )
-            frame.pts, frame.time_base = k, Fraction(1, fps)
+            frame.pts, frame.time_base = k, 1 / Fraction(fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
@@ -75,23 +97,28 @@ def encode_episode(frames_THWC: np.ndarray, fps: int, codec: Codec) -> bytes:
 
 @dataclass(frozen=True)
 class Segment:
-    """Where an episode lies: in which file, and from when to when (seconds)."""
+    """Where an episode lies: in which of the files, and at which of its frames it begins."""
 
-    place: Place
-    from_s: float
-    to_s: float
+    part: int
+    first: int
 
 
 class VideoFiles:
-    """Writes episodes one after the other into ``chunk-XXX/file-XXX.mp4`` under a folder.
+    """Writes episodes one after the other into files.
 
     A new file starts when the next episode would pass the size limit or ``MAX_FILE_S``. Use as a
     context manager; files are complete, and flushed to disk, once it is left.
+
+    Args:
+        path_of: the path of each file, counted from 0; its folder exists.
+
+    Attributes:
+        n_files: so many were begun.
     """
 
-    def __init__(self, folder: Path, fps: int, limits: Limits) -> None:
-        self._folder, self._fps, self._limits = folder, fps, limits
-        self._place = Place(0, -1)
+    def __init__(self, path_of: Callable[[int], Path], fps: int, limits: Limits) -> None:
+        self._path_of, self._fps, self._limits = path_of, fps, limits
+        self.n_files = 0
         self._file: BinaryIO | None = None
         self._output: Any = None
         self._stream: Any = None
@@ -106,7 +133,7 @@ class VideoFiles:
     ) -> None:
         if kind is None:
             self._close()
-        elif self._file:  # the folder is about to be deleted; a trailer for it would only fail again
+        elif self._file:  # the file does not count; a trailer for it would only fail again
             self._file.close()
 
     def add(self, episode: bytes, n_frames: int) -> Segment:
@@ -125,7 +152,7 @@ class VideoFiles:
                 packet.stream = self._stream
                 self._output.mux(packet)
         self._frames += n_frames
-        return Segment(self._place, start / self._fps, self._frames / self._fps)
+        return Segment(self.n_files - 1, start)
 
     def _needs_new_file(self, video: Any, size: int, n_frames: int) -> bool:
         if self._file is None:
@@ -137,11 +164,9 @@ class VideoFiles:
         )
 
     def _open(self, video: Any) -> None:
-        self._place = self._place.next(self._limits.chunk_files)
-        path = self._folder / f"{self._place}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Through Python's file, so that a full disk is an OSError that says so.
-        self._file = path.open("wb")
+        self._file = self._path_of(self.n_files).open("wb")
+        self.n_files += 1
         self._output = av.open(self._file, "w", format="mp4")
         self._stream = self._output.add_stream_from_template(video, opaque=True)
         self._setup = bytes(video.codec_context.extradata or b"")
