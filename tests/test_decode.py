@@ -455,7 +455,7 @@ def test_a_refusal_falls_back_and_says_why(tmp_path: Path) -> None:
 
 def test_describe_lists_every_backend() -> None:
     found = describe()
-    names = ["pyav", "nvdec", "cuvid", "torchcodec", "pynvvideocodec", "dali", "decord"]
+    names = ["pyav", "nvdec", "cuvid", "torchcodec", "pynvvideocodec", "dali", "decord", "vrs"]
     assert [name for name, _, _ in found] == names
     assert all(missing or version for _, missing, version in found)
 

@@ -7,10 +7,23 @@ from ego2robot.errors import UserError, VideoError
 from ego2robot.sources import SOURCES
 
 EPIC = SOURCES["epic_kitchens"]
-COLUMNS = (
-    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,"
-    "stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes"
-).split(",")
+COLUMNS = [
+    "narration_id",
+    "participant_id",
+    "video_id",
+    "narration_timestamp",
+    "start_timestamp",
+    "stop_timestamp",
+    "start_frame",
+    "stop_frame",
+    "narration",
+    "verb",
+    "verb_class",
+    "noun",
+    "noun_class",
+    "all_nouns",
+    "all_noun_classes",
+]
 TEST_COLUMNS = COLUMNS[:8]
 
 
@@ -130,8 +143,12 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_the_others_are_used(
     videos, problems = listed(root)
     assert [s.meta["narration_id"] for s in videos[0].spans] == ["P01_01_0", "P01_01_8"]
     text = "\n".join(str(p) for p in problems)
-    for said in ("1 row not used: its narration_id was there before", "2 rows not used: it ends before it starts",
-                 "3 rows not used: its times are not", "1 row not used: a field is missing"):  # fmt: skip
+    for said in (
+        "1 row not used: its narration_id was there before",
+        "2 rows not used: it ends before it starts",
+        "3 rows not used: its times are not",
+        "1 row not used: a field is missing",
+    ):
         assert said in text
     assert len(problems) == 4 and all(p.kind == "metadata" for p in problems)
 

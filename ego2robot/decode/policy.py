@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ego2robot_kernels.camera import small_greys
 
-from ego2robot.decode import hardware
+from ego2robot.decode import hardware, vrs
 from ego2robot.decode.base import Backend, FrameBatch
 from ego2robot.decode.cuvid import CUVID
 from ego2robot.decode.dali import DALI
@@ -20,6 +20,7 @@ from ego2robot.decode.decord import Decord
 from ego2robot.decode.nvdec import NVDEC
 from ego2robot.decode.pyav import PyAV
 from ego2robot.decode.pynvvideocodec import PyNvVideoCodec
+from ego2robot.decode.stills import Stills
 from ego2robot.decode.torchcodec import TorchCodec
 from ego2robot.errors import UserError, VideoError
 from ego2robot.types import Blob, FrameSpec, VideoInfo
@@ -59,6 +60,9 @@ def pick(
         UserError: the decoder that was asked for does not exist or is not usable here.
         VideoError: no decoder here takes such a video.
     """
+    stills = Stills()
+    if stills.refuses(info) is None:  # no video stream: nothing else reads it
+        return stills, None
     known = backends()
     where = device.partition(":")[0]
     reason = None
@@ -106,6 +110,7 @@ def describe() -> list[tuple[str, str | None, str]]:
     for name, backend in backends().items():
         missing = backend.missing()
         found.append((name, missing, "" if missing else backend.version()))
+    found.append((vrs.CODEC, vrs.missing(), "" if vrs.missing() else vrs.version()))
     return found
 
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 import av
 
 from ego2robot.blobs import container_size, open_blob, read_error
+from ego2robot.decode import stills
 from ego2robot.decode.pyav import open_stream, pictures
 from ego2robot.errors import VideoError
 from ego2robot.remote import RemoteError
@@ -32,6 +33,8 @@ def probe(name: str, blob: Blob) -> VideoInfo:
             ``corrupt`` or ``unsupported``, with the cause and the next step.
     """
     _check_bytes(name, blob)
+    if codec := stills.kind_of(blob):
+        return stills.probe(name, blob, codec)
     try:
         with open_stream(name, blob) as (container, stream):
             return _describe(name, container, stream)

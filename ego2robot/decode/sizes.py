@@ -10,6 +10,7 @@ import numpy as np
 
 from ego2robot.blobs import read_error
 from ego2robot.decode.pyav import MAX_READ_ERRORS, open_stream
+from ego2robot.decode.stills import OPENERS
 from ego2robot.types import Blob, VideoInfo
 
 EARLIER_S = 10.0  # a seek without an index lands near, not before
@@ -40,6 +41,10 @@ def packet_sizes(name: str, blob: Blob, info: VideoInfo, begin_s: float, end_s: 
     Raises:
         VideoError: the file cannot be read.
     """
+    if info.codec in OPENERS:  # each picture stands alone; their sizes tell nothing
+        first = max(0, math.floor(begin_s * info.fps))
+        times_s = np.arange(first, min(info.n_frames, math.floor(end_s * info.fps) + 1)) / info.fps
+        return Sizes(times_s, np.ones(len(times_s)), np.ones(len(times_s), bool))
     try:
         with open_stream(name, blob) as (container, stream):
             tick = float(stream.time_base or 1)
