@@ -42,7 +42,7 @@ def line(progress: Progress) -> str:
         if not p.rate or p.eta_s is None:
             return plain
         left = f" · ETA {duration(p.eta_s)}" if p.done < p.total else ""
-        return f"{plain} clips{left} · {p.rate:.2f} clips/s"
+        return f"{plain} {p.unit}{left} · {p.rate:.2f} {p.unit}/s"
     parts = [f"{p.stage} {p.done}/{p.total} clips"]
     if p.eta_s is not None and p.done < p.total:
         parts.append(f"ETA {duration(p.eta_s)}")

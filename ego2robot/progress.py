@@ -19,6 +19,7 @@ class Progress:
         rate: clips/s of this start.
         video_rate: hours of source video per hour, of this start.
         eta_s: None when not known.
+        unit: what ``done``, ``total`` and ``rate`` count.
     """
 
     stage: str
@@ -28,6 +29,7 @@ class Progress:
     rate: float = 0.0
     video_rate: float = 0.0
     eta_s: float | None = None
+    unit: str = "clips"
 
 
 Show = Callable[[Progress], None]
