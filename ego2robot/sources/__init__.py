@@ -1,5 +1,6 @@
 """Where videos come from."""
 
+from ego2robot.sources.aria import Aria
 from ego2robot.sources.base import Candidate, Source
 from ego2robot.sources.egocentric10k import Egocentric10K
 from ego2robot.sources.egodex import EgoDex
@@ -11,6 +12,7 @@ SOURCES: dict[str, Source] = {
     "egocentric10k": Egocentric10K(),
     "egodex": EgoDex(),
     "epic_kitchens": EpicKitchens(),
+    "aria": Aria(),
 }
 
 __all__ = ["SOURCES", "Candidate", "Source"]

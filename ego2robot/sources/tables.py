@@ -299,18 +299,28 @@ class TimedCSV:
         Raises:
             VideoError: the file cannot be read, or its times do not ascend.
         """
+        times, rows, _ = self.labelled(first, last, columns, None)
+        return times, rows
+
+    def labelled(
+        self, first: int, last: int, columns: Sequence[str], label: str | None
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """As :meth:`between`, and the text of one column [N] ("" where there is no such column)."""
         at = [self.header.index(column) if column in self.header else None for column in columns]
         when = self.header.index(self.time)
+        named = self.header.index(label) if label in self.header else None
 
         def key(line: bytes) -> int:
             return int(line.split(b",", when + 1)[when])
 
-        times, rows = [], []
+        times, rows, labels = [], [], []
         for time, line in lines_between(self.path, key, first, last, header=True):
             cells = line.rstrip(b"\r\n").split(b",")
             times.append(time)
             rows.append([_number(cells[i]) if i is not None and i < len(cells) else np.nan for i in at])
-        return np.array(times, np.int64), np.array(rows, np.float64).reshape(len(times), len(columns))
+            inside = named is not None and named < len(cells)
+            labels.append(cells[named or 0].decode("utf-8", "replace") if inside else "")
+        return np.array(times, np.int64), np.array(rows, np.float64).reshape(len(times), len(columns)), labels
 
 
 def timed_csv(path: Path, time: str, needed: Sequence[str]) -> TimedCSV:
