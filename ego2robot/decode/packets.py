@@ -6,17 +6,26 @@ believed: what does not parse to the end is taken for a packet that is needed.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 import av
 
 MAX_PARTS = 512  # NAL units or OBUs of one packet, looked through
+MAX_GROUP_BYTES = 32 << 20  # of packets that wait for the end of their group of pictures
 LOOKAHEAD = 24  # packets; pictures are reordered over at most 16 (H.264, HEVC: a full picture buffer)
 
 _H264_SLICES = frozenset((1, 2, 3, 4))  # 5, an IDR slice, is always referred to
 _H264_BESIDE = frozenset((6, 9, 10, 11, 12, 14, 19))  # SEI, delimiters, filler, prefix, auxiliary
+Refresh = Literal["whole", "open", "led"]
+_H264_REFRESH: dict[int, Refresh] = {5: "whole"}
+_HEVC_REFRESH: dict[int, Refresh] = {
+    **dict.fromkeys((19, 20), "whole"),  # IDR_W_RADL, IDR_N_LP
+    **dict.fromkeys((16, 17, 18, 21), "open"),  # BLA, CRA
+    **dict.fromkeys((6, 7), "led"),  # RADL_N, RADL_R
+}
 _HEVC_SLICES = frozenset((0, 2, 4, 6, 8))  # TRAIL_N, TSA_N, STSA_N, RADL_N, RASL_N
 _HEVC_BESIDE = frozenset((35, 36, 37, 38, 39, 40))  # delimiters, filler, SEI
 _HEVC_SPS = 33
@@ -70,6 +79,28 @@ class References:
             return self._look(packet)
         except (IndexError, ValueError):
             return False
+
+    def refresh(self, packet: bytes | memoryview) -> Refresh | None:
+        """What kind of new start a packet is; None: none, or none that is known here.
+
+        ``whole``: no picture from here on is decoded from what came before, or shown before that (H.264 and
+        HEVC: instantaneous decoding refresh). ``open``: pictures shown before this one may still be (HEVC:
+        clean random access and broken links). ``led``: such a picture that is not, after all.
+        """
+        hevc = self._look == self._hevc
+        if not hevc and self._look != self._h264:
+            return None
+        found: set[Refresh | None] = set()
+        try:
+            for at, end in _nal_units(packet, self._length_size):
+                if hevc and (end - at < 2 or packet[at] & 1 or packet[at + 1] >> 3):  # another layer's
+                    return None
+                kind = packet[at] >> 1 & 63 if hevc else packet[at] & 31
+                if kind <= (31 if hevc else 5):
+                    found.add((_HEVC_REFRESH if hevc else _H264_REFRESH).get(kind))
+        except (IndexError, ValueError):
+            return None
+        return found.pop() if len(found) == 1 else None
 
     def _h264(self, data: bytes | memoryview) -> bool:
         found = False
@@ -164,6 +195,72 @@ def needed(
     while waiting:
         if not unseen(first := waiting.popleft()):
             yield first
+
+
+def trimmed(
+    packets: Iterable[av.Packet[av.VideoStream] | None],
+    references: References,
+    due: Sequence[float],
+    tick: float,
+    left_out: Callable[[float], None] = lambda _: None,
+) -> Iterator[av.Packet[av.VideoStream] | None]:
+    """Leaves out the end of each group of pictures, after the last packet whose picture is due.
+
+    A group is held until the next begins, for which nothing before it is needed (:meth:`References.refresh`).
+    The last group, and any with damage, stay whole.
+
+    Args: as of :func:`needed`.
+    """
+    group: list[av.Packet[av.VideoStream] | None] = []
+    size, whole = 0, True
+    start: av.Packet[av.VideoStream] | None = None  # of the next group, where that is not sure yet
+    at = 0  # its place in ``group``
+    for packet in packets:
+        kind = None
+        if packet is not None and packet.size and packet.pts is not None:
+            kind = references.refresh(memoryview(packet))
+        if start is not None and (packet is None or packet.pts is None or packet.pts < start.pts):
+            if kind != "led":  # it may be decoded from the group before
+                start = None
+        elif start is not None or kind == "whole":
+            cut = at if start is not None else len(group)
+            end_s = (start or packet).pts * tick  # type: ignore[union-attr]
+            yield from _to_last_due(group[:cut], due, tick, end_s, left_out) if whole else group[:cut]
+            group, start, whole = group[cut:], None, True
+            size = sum(p.size for p in group if p is not None)
+        if kind == "open" and start is None:
+            start, at = packet, len(group)
+        group.append(packet)
+        size += packet.size if packet is not None else 0
+        if size > MAX_GROUP_BYTES:
+            yield from group
+            group, size, start, whole = [], 0, None, False
+    yield from group
+
+
+def _to_last_due(
+    group: list[av.Packet[av.VideoStream] | None],
+    due: Sequence[float],
+    tick: float,
+    end_s: float,
+    left_out: Callable[[float], None],
+) -> list[av.Packet[av.VideoStream] | None]:
+    """The packets of a group that ends at ``end_s`` up to the last one, in their order, that is due."""
+    times = [
+        p.pts * tick for p in group if p is not None and p.pts is not None and p.size and not p.is_corrupt
+    ]
+    # Who has nothing due any more stops by itself, once it sees the picture after the last that was.
+    if len(times) != len(group) or bisect_left(due, end_s) == len(due):
+        return group
+    ascending = [*sorted(times), end_s]
+    last = -1
+    for k, time_s in enumerate(times):
+        next_s = ascending[bisect_right(ascending, time_s)] if time_s < end_s else time_s
+        if bisect_left(due, time_s) < bisect_left(due, next_s):
+            last = k
+    for time_s in times[last + 1 :]:
+        left_out(time_s)
+    return group[: last + 1]
 
 
 def _never(_: bytes | memoryview) -> bool:

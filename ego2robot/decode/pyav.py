@@ -25,7 +25,7 @@ from av.codec.context import Flags2
 
 from ego2robot.blobs import local_blob, open_blob, read_error
 from ego2robot.decode.base import FrameBatch
-from ego2robot.decode.packets import LOOKAHEAD, References, needed
+from ego2robot.decode.packets import LOOKAHEAD, References, needed, trimmed
 from ego2robot.decode.picture import Batcher
 from ego2robot.errors import VideoError
 from ego2robot.remote import is_remote
@@ -276,6 +276,9 @@ class _Pass:
         self.until = [t + EPSILON_S for t in due]  # a picture of this time is still on screen then
         self.left_out: deque[float] = deque(maxlen=4 * LOOKAHEAD)  # times of pictures that nobody asked for
         self.sought_s = -math.inf
+        # Never so far from one to the next that jumping would pay: groups of pictures can be read ahead.
+        gaps = (after - before for before, after in itertools.pairwise(due))
+        self.dense = not fast and max(gaps, default=math.inf) <= WORTH_A_SEEK_S
         self._open()
 
     def batches(self, batcher: Batcher) -> Iterator[FrameBatch]:
@@ -320,6 +323,8 @@ class _Pass:
         return pictures(self.container, self.stream, self._thin)
 
     def _thin(self, packets: Packets) -> Packets:
+        if self.dense:
+            packets = trimmed(packets, self.references, self.until, self.tick, self.left_out.append)
         due = self.until if not self.fast else []
         return needed(packets, self.references, due, self.tick, self.left_out.append)
 
