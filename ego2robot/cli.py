@@ -328,6 +328,40 @@ def _export_workers(asked: int | None, opened: Any) -> int:
 
 
 @app.command()
+def check(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A LeRobot v3.0 folder, anybody's.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for check.json and check.svg; default DATASET-check.")
+    ] = None,
+    camera: Annotated[
+        str | None, typer.Option(help="The video feature to look at; default the first.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Networks, each on another split.")] = 3,
+    max_steps: Annotated[
+        int, typer.Option(min=1, help="Batches of 64 that each is trained on at most.")
+    ] = 1500,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+) -> None:
+    """Can actions be learnt from pictures? Exit 0: learnable, 1: not, 2: cannot tell, or an error."""
+    from ego2robot.check import Options, picture, words
+    from ego2robot.check import check as judge
+    from ego2robot.console import display
+    from ego2robot.store import atomic
+
+    out = out or dataset.absolute().with_name(f"{dataset.absolute().name}-check")
+    with display() as (show, _):
+        verdict = judge(dataset, Options(camera, seeds, most_steps=max_steps, device=device), show)
+    atomic.write_json(out / "check.json", verdict.to_dict())
+    atomic.write_text(out / "check.svg", picture.svg(verdict))
+    print(words.text(verdict))
+    print(f"figures  {out / 'check.json'}\ncurves   {out / 'check.svg'}")
+    for warning in verdict.warnings:
+        _warn(warning)
+    if not verdict.learnable:
+        raise typer.Exit(EXIT_FOUND)
+
+
+@app.command()
 def report(
     run: RunArg,
     out: Annotated[Path | None, typer.Argument(help="HTML file; default RUN/report.html.")] = None,
