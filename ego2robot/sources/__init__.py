@@ -6,6 +6,8 @@ from ego2robot.sources.egocentric10k import Egocentric10K
 from ego2robot.sources.egodex import EgoDex
 from ego2robot.sources.epic_kitchens import EpicKitchens
 from ego2robot.sources.folder import Folder
+from ego2robot.sources.lerobot import LeRobot
+from ego2robot.sources.manifest import Manifest
 
 SOURCES: dict[str, Source] = {
     "folder": Folder(),
@@ -13,6 +15,8 @@ SOURCES: dict[str, Source] = {
     "egodex": EgoDex(),
     "epic_kitchens": EpicKitchens(),
     "aria": Aria(),
+    "lerobot": LeRobot(),
+    "manifest": Manifest(),
 }
 
 __all__ = ["SOURCES", "Candidate", "Source"]
