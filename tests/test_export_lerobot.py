@@ -691,7 +691,7 @@ def test_wrong_arguments_are_refused_before_any_work(exported: Any, tmp_path: Pa
     run: RunDir = exported[0]
     with pytest.raises(UserError, match="top=0"):
         export_lerobot(run, tmp_path / "out", top=0)
-    with pytest.raises(UserError, match="one of hands, reference"):
+    with pytest.raises(UserError, match="one of auto, hands, reference, native"):
         export_lerobot(run, tmp_path / "out", top=1, schema="robot")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="one of av1, h264"):
         export_lerobot(run, tmp_path / "out", top=1, codec="hevc")  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from ego2robot import config
 from ego2robot.errors import UserError
+from ego2robot.store import schema
 from ego2robot.store.rundir import RunDir
 
 UNLABELLED = "unlabelled hand manipulation"
@@ -32,7 +36,8 @@ CHOSEN = pa.schema(
         ("hand_visibility", pa.float32()),
         ("label", pa.string()),
         ("label_score", pa.float32()),
-        ("meta", pa.map_(pa.string(), pa.string())),
+        ("labels", schema.LABELS),
+        ("meta", schema.META),
         ("task", pa.string()),
         ("skill_id", pa.int64()),
         ("skill", pa.string()),
@@ -75,7 +80,7 @@ def choose(
     """
     clips = run.dataset("clips")
     columns = ["clip_id", "video_id", "source", "name", "start_s", "end_s", "n_frames", "motion"]
-    columns += ["hand_visibility", "label", "label_score", "meta"]
+    columns += ["hand_visibility", "label", "label_score", "labels", "meta"]
     kept = clips.to_table(columns, filter=ds.field("decision") == "kept")
     n_kept = kept.num_rows
     labelled = pc.count(kept["label_score"]).as_py() > 0 and "clip" not in random_models(run)
@@ -103,6 +108,29 @@ def random_models(run: RunDir) -> list[str]:
         for name in run.embeddings()
         if (run.dataset(f"embeddings/{name}").schema.metadata or {}).get(b"random") == b"true"
     ]
+
+
+def counted(column: pa.ChunkedArray) -> Counter[str]:
+    """How often each value occurs."""
+    return Counter({pair["values"]: pair["counts"] for pair in pc.value_counts(column).to_pylist()})
+
+
+def licences(chosen: pa.Table) -> set[tuple[str, str | None]]:
+    """The sources of chosen clips, each with its clips' own ``license`` field."""
+    return {
+        (row["source"], dict(row["meta"] or ()).get("license"))
+        for batch in chosen.select(["source", "meta"]).to_batches(BATCH)
+        for row in batch.to_pylist()
+    }
+
+
+def public(cfg: config.Config) -> dict[str, Any]:
+    """The configuration without the folders of the machine: datasets are made to be given away."""
+    tree = config.to_dict(cfg)
+    tree["run_dir"] = tree["export"]["path"] = ""
+    tree["source"]["path"] = Path(cfg.source.path).name
+    tree["source"]["annotations"] = Path(cfg.source.annotations).name
+    return tree
 
 
 def _duplicates(run: RunDir) -> pa.Array:

@@ -11,7 +11,6 @@ end: the episodes after it close up, and no pointer ever leads to what is not th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,13 +18,12 @@ from typing import Any, Literal
 
 import av
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ego2robot import __version__, config
 from ego2robot.errors import UserError
 from ego2robot.export import episode, video
 from ego2robot.export.card import Facts, card, license_of
-from ego2robot.export.choose import BATCH, Choice, choose, random_models
+from ego2robot.export.choose import BATCH, Choice, choose, counted, licences, public, random_models
 from ego2robot.export.episode import ActionName, Smooth
 from ego2robot.export.files import Limits, cut
 from ego2robot.export.footage import Footage
@@ -299,20 +297,6 @@ def _describe(
     atomic.write_text(staging.dataset / "README.md", card(facts))
 
 
-def counted(column: pa.ChunkedArray) -> Counter[str]:
-    """How often each value occurs."""
-    return Counter({pair["values"]: pair["counts"] for pair in pc.value_counts(column).to_pylist()})
-
-
-def licences(chosen: pa.Table) -> set[tuple[str, str | None]]:
-    """The sources of chosen clips, each with its clips' own ``license`` field."""
-    return {
-        (row["source"], dict(row["meta"] or ()).get("license"))
-        for batch in chosen.select(["source", "meta"]).to_batches(BATCH)
-        for row in batch.to_pylist()
-    }
-
-
 def _result(run: RunDir, export: _Export, numbers: Numbers, skipped: list[tuple[str, str]]) -> ExportResult:
     episodes, chosen = len(numbers.table), export.choice.table.num_rows
     found = []
@@ -326,12 +310,3 @@ def _result(run: RunDir, export: _Export, numbers: Numbers, skipped: list[tuple[
     if randoms := random_models(run):
         found.append(f"random weights: {', '.join(randoms)}; their labels and skills mean nothing")
     return ExportResult(export.order.out, episodes, numbers.frames, len(numbers.tasks), 0, skipped, found)
-
-
-def public(cfg: config.Config) -> dict[str, Any]:
-    """The configuration without the folders of the machine: datasets are made to be given away."""
-    tree = config.to_dict(cfg)
-    tree["run_dir"] = tree["export"]["path"] = ""
-    tree["source"]["path"] = Path(cfg.source.path).name
-    tree["source"]["annotations"] = Path(cfg.source.annotations).name
-    return tree

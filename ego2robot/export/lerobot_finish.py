@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -163,8 +164,8 @@ class _Writer:
         """The units of some consecutive episodes: unit, how many episodes lie before, its episodes."""
         units = episodes["unit"].to_numpy()
         begins = np.flatnonzero(np.diff(units, prepend=-1))
-        for begin, end in zip(begins, [*begins[1:], len(units)], strict=True):
-            yield int(units[begin]), int(begin), episodes.slice(int(begin), int(end - begin))
+        for begin, end in pairwise([*begins.tolist(), len(units)]):
+            yield int(units[begin]), begin, episodes.slice(begin, end - begin)
 
     def _data(self, path: Any, first_episode: int, mine: pa.Table) -> None:
         schema = data_schema(self.described)
