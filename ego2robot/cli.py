@@ -261,6 +261,7 @@ WorkersOption = Annotated[
     int | None, typer.Option(min=0, max=1024, help="Processes; one per core without; 0: only this one.")
 ]
 CodecOption = Annotated[Literal["av1", "h264"] | None, typer.Option(help="Of the videos.")]
+HandsOption = Annotated[bool, typer.Option("--hands", help="With the landmarks of every frame.")]
 RepresentativesOption = Annotated[
     bool, typer.Option("--only-representatives", help="Leave out near-duplicates of a better clip.")
 ]
@@ -317,6 +318,63 @@ def export_lerobot(
         print(f"shard {shard} done, {left} units are left; the same command without --shard ends it")
         return
     print(f"{out}: {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB")
+    for clip, reason in result.skipped:
+        print(f"clip {clip} left out: {reason}")
+    for warning in result.warnings:
+        _warn(warning)
+
+
+@export_app.command("webdataset")
+def export_webdataset(
+    run: RunArg,
+    out: OutArg,
+    top: TopOption = None,
+    shard_mb: Annotated[float, typer.Option(min=0.01, help="MiB of a shard at most.")] = 512,
+    codec: CodecOption = None,
+    hands: HandsOption = False,
+    workers: WorkersOption = None,
+    only_representatives: RepresentativesOption = False,
+) -> None:
+    """Write kept clips as WebDataset shards: an MP4 and a JSON each. Without --top all of them."""
+    from ego2robot.console import display
+    from ego2robot.export.webdataset import export_webdataset as export
+    from ego2robot.progress import paced
+    from ego2robot.store.rundir import RunDir
+
+    opened = RunDir.open(run)
+    n, codec = _export_workers(workers, opened), codec or opened.config.export.codec
+    with display() as (show, _):
+        tell = paced("exporting", show)
+        result = export(opened, out, top, shard_mb, codec, hands, only_representatives, n, tell)
+    _print_clips(out, result, "shards")
+
+
+@export_app.command("parquet")
+def export_parquet(
+    run: RunArg,
+    out: OutArg,
+    top: TopOption = None,
+    codec: CodecOption = None,
+    hands: HandsOption = False,
+    workers: WorkersOption = None,
+    only_representatives: RepresentativesOption = False,
+) -> None:
+    """Write kept clips as MP4 files with a Parquet table of them. Without --top all of them."""
+    from ego2robot.console import display
+    from ego2robot.export.clips_parquet import export_parquet as export
+    from ego2robot.progress import paced
+    from ego2robot.store.rundir import RunDir
+
+    opened = RunDir.open(run)
+    n, codec = _export_workers(workers, opened), codec or opened.config.export.codec
+    with display() as (show, _):
+        tell = paced("exporting", show)
+        result = export(opened, out, top, codec, hands, only_representatives, n, tell)
+    _print_clips(out, result, "videos")
+
+
+def _print_clips(out: Path, result: Any, files: str) -> None:
+    print(f"{out}: {result.clips} clips, {result.files} {files}, {result.bytes / 1e6:.1f} MB")
     for clip, reason in result.skipped:
         print(f"clip {clip} left out: {reason}")
     for warning in result.warnings:
