@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ego2robot import decode
+from ego2robot import decode, remote
 from ego2robot.decode import policy
 from ego2robot.errors import UserError, VideoError
 from ego2robot.jobs.pool import Broken
@@ -70,6 +70,7 @@ class Lane:
     """
 
     def __init__(self, work: Scoring, embedders: Sequence[Embedder]) -> None:
+        remote.configure(work.cfg.source.cache_gib)
         self._work, self._embedders = work, embedders
         self._device = torch.device(work.device)
         self._detector = hand_detector(work)

@@ -1,114 +1,90 @@
-"""From a source to units of work: list, probe, cut into clips, group into units.
-
-Every id comes from the bytes and the span, so that the same footage makes the same plan wherever it
-lies and whatever it is called.
-"""
+"""From a source to a stored plan: list, probe, cut into clips and units (``jobs/cutting.py``), store."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ego2robot import config, decode
+from ego2robot import config, decode, remote
+from ego2robot.blobs import UNKNOWN, read_error, sized
+from ego2robot.decode.keyframes import keyframes_before
+from ego2robot.decode.shots import find_cuts
 from ego2robot.errors import UserError, VideoError
+from ego2robot.jobs.cutting import clips_of, cut_video, span_of, units_of
 from ego2robot.jobs.pool import Pool
+from ego2robot.remote import RemoteError, is_remote, shown
 from ego2robot.sources import SOURCES, Candidate
-from ego2robot.sources.base import identity
+from ego2robot.sources.base import DEFAULTS, identity
 from ego2robot.store import atomic, schema
 from ego2robot.store.ledger import Record
 from ego2robot.store.rundir import RunDir
 from ego2robot.store.units import ROW_GROUP, VIDEOS, n_videos, units_table
-from ego2robot.types import Clip, Unit, Video, VideoInfo, clip_id, short_id
+from ego2robot.types import Blob, Span, Unit, Video
 
-# A unit covers at most so much of a video, and costs about so much to decode at most: what a crash can lose,
-# and what the last worker may be busy with while the others have ended.
-UNIT_SPAN_S, UNIT_COST_S = 300.0, 90.0
-# Seconds of one CPU core per million decoded pixels, for ordering and ETA only; the run corrects it.
-DECODE_COST = {"h264": 0.0022, "hevc": 0.0026, "vp9": 0.0022, "av1": 0.0030}
+__all__ = ["Planned", "Probed", "clips_of", "plan", "probed", "probing", "require_units", "units_of"]
 
-
-def clips_of(video_id: str, info: VideoInfo, clips: config.Clips) -> list[Clip]:
-    """The clips of a video: every ``stride_s``, ``duration_s`` long, on the frame grid.
-
-    Starts are rounded to the grid. The last clip may be shorter, down to ``min_frames``.
-    """
-    fps = clips.sample_fps
-    available = math.ceil(info.duration_s * fps - 1e-6)  # grid times before the video's end
-    length = max(1, round(clips.duration_s * fps))
-    found: list[Clip] = []
-    for i in range(available):
-        first = round(i * clips.stride_s * fps)
-        n = min(length, available - first)
-        if n < min(clips.min_frames, length):
-            break
-        if not found or first > found[-1].first:
-            found.append(Clip(clip_id(video_id, first, n, fps), video_id, first, n, fps))
-    return found
-
-
-def units_of(video: Video, clips: Sequence[Clip]) -> list[Unit]:
-    """Groups the clips of a probed video into units of at most ``UNIT_SPAN_S`` and about ``UNIT_COST_S``."""
-    groups: dict[int, list[Clip]] = {}
-    span_s = _span_s(video)
-    for clip in clips:
-        groups.setdefault(int(clip.start_s // span_s), []).append(clip)
-    return [
-        Unit(
-            short_id("unit", video.video_id, *(c.clip_id for c in group)),
-            video,
-            tuple(group),
-            _cost(video, group),
-        )
-        for group in groups.values()
-    ]
-
-
-def _span_s(video: Video) -> float:
-    """Seconds of a video that a unit may cover: whole minutes, or a part of one where that costs much."""
-    a_second = _second_s(video)
-    span_s = min(UNIT_SPAN_S, UNIT_COST_S / max(a_second, 1e-9))
-    return 60.0 * (span_s // 60) if span_s >= 60 else max(5.0, 5.0 * (span_s // 5))
-
-
-def _second_s(video: Video) -> float:
-    """What decoding a second of a video takes."""
-    assert video.info is not None
-    megapixels = video.info.width * video.info.height / 1e6
-    return video.info.fps * megapixels * DECODE_COST.get(video.info.codec, 0.003)
-
-
-def _cost(video: Video, clips: Sequence[Clip]) -> float:
-    """Seconds of decoding: the union of the clips' spans, and half a usual GOP before each gap."""
-    seconds, end = 0.0, -math.inf
-    for clip in clips:
-        seconds += clip.end_s - max(clip.start_s, end) if end > clip.start_s else clip.end_s - clip.start_s
-        seconds += 1.0 if clip.start_s > end else 0.0
-        end = max(end, clip.end_s)
-    return seconds * _second_s(video)
-
+# A video of which nothing is heard for so long when it is looked into is given up: here, and where a store
+# is asked several times, or a whole video decoded.
+PROBE_S, PATIENT_S = 120.0, 600.0
 
 # -- probing, in child processes ------------------------------------------------------------------
 
 
-def probing(cut: config.Clips) -> Callable[[Candidate], Iterator[Video]]:
-    """The work of a probing child: a candidate to a video with its identity and headers."""
+@dataclass(frozen=True)
+class Probed:
+    """A video that was looked into: its units of work, none where it is too short, and what is wrong."""
 
-    def probe(candidate: Candidate) -> Iterator[Video]:
+    video: Video
+    units: tuple[Unit, ...]
+    problems: tuple[VideoError, ...] = ()
+
+
+def probing(cut: config.Clips, source: config.Source = DEFAULTS) -> Callable[[Candidate], Iterator[Probed]]:
+    """The work of a probing child: a candidate to a video with its identity, its headers and its clips."""
+    remote.configure(source.cache_gib)
+
+    def probe(candidate: Candidate) -> Iterator[Probed]:
         try:
-            info = decode.probe(candidate.name, candidate.blob)
-            video_id = identity(candidate.blob)
+            blob = sized(candidate.blob)
+            info = decode.probe(candidate.name, blob)
+            video_id = identity(blob)
+        except RemoteError as error:
+            raise read_error(candidate.name, error) from None
         except OSError as error:
             cause = error.strerror or str(error)
             raise VideoError(candidate.name, cause, "check the file", "missing") from None
-        yield Video(video_id, candidate.name, "", candidate.blob, candidate.meta, info)
+        video = Video(video_id, candidate.name, source.kind, blob, candidate.meta, info)
+        yield probed(video, cut, candidate.spans)
 
     return probe
+
+
+def probed(video: Video, cut: config.Clips, spans: Sequence[Span] = ()) -> Probed:
+    """Cuts a video whose headers are known into clips and units.
+
+    Only a video that makes several units has its keyframes looked up, and only with ``clips.shots`` is
+    anything of it decoded.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    info = video.info
+    assert info is not None
+    shots_s = find_cuts(video.name, video.blob, info) if cut.shots else ()
+    clips, problems = cut_video(video.name, video.video_id, info, cut, spans, shots_s)
+    if not clips and not problems:
+        problems = [_too_short(video, cut)]
+    keyframes_s = None
+    if clips and clips[-1].start_s - clips[0].start_s > span_of(video):
+        starts_s = np.array([clip.start_s for clip in clips])
+        keyframes_s = keyframes_before(video.name, video.blob, info, starts_s)
+    return Probed(video, tuple(units_of(video, clips, keyframes_s)), tuple(problems))
 
 
 @dataclass(frozen=True)
@@ -150,18 +126,17 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None, add: bool =
             f"{run.path}: with decode.triage.enabled=true a plan cannot grow, since its rule was fitted to "
             "all of its videos; use another run_dir for the new ones"
         )
-    known = _places(before) if before is not None else frozenset[tuple[str, int, int]]()
+    known = _places(before) if before is not None else frozenset[Place]()
     problems: list[VideoError] = []
-    rows = _Rows(cfg.clips, problems)
-    pool = Pool(probing, (cfg.clips,), min(8, os.cpu_count() or 1), timeout_s=120.0, backlog=256)
-    candidates = (
-        found
-        for found in _candidates(cfg, run.path, problems)
-        if (found.blob.path, found.blob.offset, found.blob.size) not in known
-    )
+    rows = _Rows(problems)
+    remote.configure(cfg.source.cache_gib)  # listing may read from afar too
+    patient = cfg.clips.shots or is_remote(cfg.source.path) or cfg.source.kind == "manifest"
+    timeout_s = PATIENT_S if patient else PROBE_S
+    pool = Pool(probing, (cfg.clips, cfg.source), _probing_children(cfg), timeout_s=timeout_s, backlog=256)
+    candidates = (found for found in _candidates(cfg, run.path, problems) if _place(found.blob) not in known)
     for event in pool.run(candidates):
         if event.kind == "item":
-            rows.add(replace(event.value, source=cfg.source.kind))
+            rows.add(event.value)
         elif event.kind == "error":
             problems.append(event.value)
         elif event.kind in ("crashed", "timeout") and not event.again:
@@ -192,29 +167,41 @@ def _commit_problems(run: RunDir, problems: Sequence[VideoError]) -> None:
         run.append(Record("", (), {}, {"plan": True, "instead": new.part}, tuple(old)))
 
 
-def _places(table: pa.Table) -> frozenset[tuple[str, int, int]]:
-    """Where the bytes of planned videos are."""
+def _probing_children(cfg: config.Config) -> int:
+    """One a core; who waits for a store more than it works can be several to a core."""
+    cores = os.cpu_count() or 1
+    return min(16, 4 * cores) if is_remote(cfg.source.path) and not cfg.clips.shots else min(8, cores)
+
+
+Place = tuple[str, int, int]
+
+
+def _place(blob: Blob) -> Place:
+    return blob.path, blob.offset, blob.size
+
+
+def _places(table: pa.Table) -> frozenset[Place]:
+    """Where the bytes of planned videos are; also as they are listed where their size is not known yet."""
     places = table.group_by(["path", "offset", "size"]).aggregate([])
     columns = (places[name].to_pylist() for name in ("path", "offset", "size"))
-    return frozenset(zip(*columns, strict=True))
+    found = list(zip(*columns, strict=True))
+    unsized = [(path, offset, UNKNOWN) for path, offset, _ in found if is_remote(path)]
+    return frozenset(found + unsized)
 
 
 class _Rows:
     """Probed videos as rows of the plan, a batch at a time."""
 
-    def __init__(self, cut: config.Clips, problems: list[VideoError]) -> None:
-        self._cut, self._problems = cut, problems
+    def __init__(self, problems: list[VideoError]) -> None:
+        self._problems = problems
         self._units: list[Unit] = []
         self._tables: list[pa.Table] = []
         self.videos = 0
 
-    def add(self, video: Video) -> None:
-        assert video.info is not None
+    def add(self, found: Probed) -> None:
         self.videos += 1
-        clips = clips_of(video.video_id, video.info, self._cut)
-        if not clips:
-            self._problems.append(_too_short(video, self._cut))
-        self._units += units_of(video, clips)
+        self._problems += found.problems
+        self._units += found.units
         if len(self._units) >= ROW_GROUP:
             self._flush()
 
@@ -251,7 +238,7 @@ def _merged(before: pa.Table | None, new: pa.Table, problems: list[VideoError]) 
     if twice:
         pairs = zip(new["name"].to_pylist(), new["video_id"].to_pylist(), strict=True)
         new = new.filter(pa.array([pair not in twice for pair in pairs], pa.bool_()))
-    table = new if before is None else pa.concat_tables([before, new])
+    table = new if before is None else pa.concat_tables([before, new], promote_options="default")
     order = pc.sort_indices(table, [("cost_s", "descending"), ("unit_id", "ascending")])
     return table.take(order), len(first) - n_before
 
@@ -307,4 +294,4 @@ def require_units(planned: Planned, path: str) -> None:
     if planned.n_units:
         return
     reasons = "; ".join(str(p) for p in planned.problems[:3]) or "see quarantine/"
-    raise UserError(f"source.path={path}: no usable video ({reasons})")
+    raise UserError(f"source.path={shown(path)}: no usable video ({reasons})")

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ego2robot.jobs.cutting import unit_of
 from ego2robot.jobs.embedding import PendingUnit, tables
-from ego2robot.jobs.plan import units_of
 from ego2robot.jobs.pool import Pool
 from ego2robot.jobs.worker import ScoredClip
 from ego2robot.progress import Progress, Show, Tell
@@ -139,7 +139,8 @@ def split(units: Iterable[Unit], chosen: Iterable[str]) -> tuple[list[Unit], lis
     found: tuple[list[Unit], list[Unit]] = ([], [])
     for unit in units:
         for k, inside in enumerate((True, False)):
-            found[k].extend(units_of(unit.video, [c for c in unit.clips if (c.clip_id in ids) == inside]))
+            if clips := [c for c in unit.clips if (c.clip_id in ids) == inside]:
+                found[k].append(unit_of(unit.video, clips))
     for part in found:
         part.sort(key=lambda unit: (-unit.cost_s, unit.unit_id))
     return found

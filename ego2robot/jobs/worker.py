@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ego2robot import config, decode
+from ego2robot import config, decode, remote
 from ego2robot.decode import policy
 from ego2robot.stages import hand_motion
 from ego2robot.stages.base import HandDetector, Preprocess
@@ -112,6 +112,7 @@ def return_large_blocks() -> None:
 
 def scoring(work: Scoring) -> Callable[[Unit], Iterator[ScoredClip]]:
     """The work of a scoring child: a unit to its clips, each as soon as its frames are there."""
+    remote.configure(work.cfg.source.cache_gib)
     torch.set_num_threads(1)  # one process per core; threads of several would only fight
     return_large_blocks()
     cfg = work.cfg
@@ -262,7 +263,7 @@ def rows_of(scored: ScoredClip, unit: Unit) -> tuple[dict[str, Any], list[dict[s
         "label": None,
         "label_score": None,
         "labels": None,
-        "meta": list(video.meta.items()),
+        "meta": list({**video.meta, **clip.meta}.items()),
     }
     hands = [
         {

@@ -19,7 +19,8 @@ from ego2robot.types import Blob
 
 LISTING_S = 900.0  # how long a store may be silent while it lists
 AT_ONCE = 16  # objects that are looked into at the same time: each answer takes a while
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

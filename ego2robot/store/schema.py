@@ -39,6 +39,7 @@ UNITS = pa.schema(
         _field("sample_fps", pa.float64(), "grid frames/s", False),
         _field("cost_s", pa.float64(), "estimated seconds of decoding", False),
         _field("meta", META, "the source's own fields", False),
+        _field("clip_meta", pa.list_(META), "of each clip's annotation; null: there is none"),
     ]
 )
 

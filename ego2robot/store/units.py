@@ -27,6 +27,7 @@ def units_table(units: Sequence[Unit]) -> pa.Table:
     for unit in units:
         video, info = unit.video, unit.video.info
         assert info is not None
+        any_meta = any(clip.meta for clip in unit.clips)
         rows.append(
             {
                 "unit_id": unit.unit_id,
@@ -52,6 +53,7 @@ def units_table(units: Sequence[Unit]) -> pa.Table:
                 "sample_fps": unit.clips[0].sample_fps,
                 "cost_s": unit.cost_s,
                 "meta": list(video.meta.items()),
+                "clip_meta": [list(c.meta.items()) for c in unit.clips] if any_meta else None,
             }
         )
     return pa.Table.from_pylist(rows, schema=schema.UNITS)
@@ -169,8 +171,10 @@ def _unit(row: dict[str, Any]) -> Unit:
     blob = Blob(row["path"], row["offset"], row["size"], row["whole_file"])
     video = Video(row["video_id"], row["name"], row["source"], blob, dict(row["meta"]), info)
     fps = row["sample_fps"]
+    # Plans of before there were annotations have no such column.
+    metas = row.get("clip_meta") or [()] * len(row["first"])
     clips = tuple(
-        Clip(clip_id(video.video_id, first, n, fps), video.video_id, first, n, fps)
-        for first, n in zip(row["first"], row["length"], strict=True)
+        Clip(clip_id(video.video_id, first, n, fps), video.video_id, first, n, fps, dict(meta))
+        for first, n, meta in zip(row["first"], row["length"], metas, strict=True)
     )
     return Unit(row["unit_id"], video, clips, row["cost_s"])
