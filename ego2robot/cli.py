@@ -373,6 +373,55 @@ def export_parquet(
     _print_clips(out, result, "videos")
 
 
+@export_app.command(
+    "trajectories",
+    # The guide's own flags, such as --output.max_frames=32, come through as arguments.
+    context_settings={"ignore_unknown_options": True},
+)
+def export_trajectories(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE] [OUT]", help="Dataset and folder; keys too, such as --output.max_frames=16."
+        ),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Kind of the source [default: egodex].")] = None,
+    max_trajectories: Annotated[int | None, typer.Option(min=-1, help="At most so many; -1: all.")] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=-1, help="Of each [default: 32]; -1: all its frames.")
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", "--config_path", metavar="FILE.yaml", help="As of RFM.")
+    ] = None,
+) -> None:
+    """Write trajectories for reward models (RFM, Robometer). Again: goes on; another name: another part."""
+    from ego2robot.export import trajectories_config
+
+    places, overrides = trajectories_config.flags(arguments or ())
+    if len(places) > 2:
+        raise UserError(f"{places[2]!r}: one SOURCE and one OUT")
+    named = zip(("dataset.dataset_path", "output.output_dir"), places, strict=False)
+    given = {
+        "dataset.kind": dataset,
+        "output.max_trajectories": max_trajectories,
+        "output.max_frames": max_frames,
+    }
+    asked = {key: value for key, value in given.items() if value is not None}
+    settings = trajectories_config.load(config_file, {**overrides, **asked, **dict(named)})
+
+    from ego2robot.console import display
+    from ego2robot.export.trajectories import export_trajectories as export
+
+    with display() as (show, tell):
+        result = export(settings, show, tell)
+    print(
+        f"{result.path}: {result.trajectories} trajectories, {result.frames} frames, "
+        f"{result.bytes / 1e6:.1f} MB in {result.shards} shards; {len(result.failed)} left out"
+    )
+    for warning in result.warnings:
+        _warn(warning)
+
+
 def _print_clips(out: Path, result: Any, files: str) -> None:
     print(f"{out}: {result.clips} clips, {result.files} {files}, {result.bytes / 1e6:.1f} MB")
     for clip, reason in result.skipped:

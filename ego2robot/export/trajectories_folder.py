@@ -1,0 +1,113 @@
+"""The folder that holds trajectories: its parts, its card, and where it all came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ego2robot import __version__
+from ego2robot.errors import UserError
+from ego2robot.export.card import license_of
+from ego2robot.store import atomic
+from ego2robot.trajectories import ACTION_NAMES
+
+STATE = "export.json"  # of a part
+PROVENANCE = "meta/ego2robot.json"  # of the folder
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,95}")  # of a part
+RESERVED = ("meta",)
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What was written down of a part; None where the folder is none."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / STATE}: cannot be read ({error}); remove the folder, export again"
+        ) from None
+    return state if isinstance(state, dict) else {}
+
+
+def parts(out: Path) -> dict[str, dict[str, Any]]:
+    """The parts of a folder by name, with what was written down of them."""
+    found = {}
+    for folder in sorted(path for path in out.iterdir() if path.is_dir() and NAME.fullmatch(path.name)):
+        if (state := read_state(folder)) is not None:
+            found[folder.name] = state
+    return found
+
+
+def check_folder(out: Path) -> None:
+    """Raises UserError where ``out`` holds something that is not ours."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: not a folder; choose another one")
+    ours = {*parts(out), "README.md", "meta"}
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours and path.name[0] != ".")
+    if others and not (out / PROVENANCE).is_file():
+        raise UserError(f"{out}: holds something else ({others[0]}); choose another folder")
+
+
+def write_card(out: Path) -> None:
+    """README.md, whose head tells ``datasets`` which parts there are, and the provenance beside it."""
+    found = parts(out)
+    license_ = license_of((state["settings"]["kind"], None) for state in found.values())
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/train-*.parquet"}]}
+        for name in found
+    ]
+    head = {
+        "license": (license_ or "other").lower(),
+        "task_categories": ["robotics", "video-classification"],
+        "tags": ["egocentric", "reward-model", "trajectories", "RFM"],
+        "configs": configs,
+    }
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    atomic.write_text(out / "README.md", f"---\n{front}---\n\n{_text(found, license_)}")
+    about = {
+        "made_by": "ego2robot",
+        "version": __version__,
+        "exporter": "trajectories",
+        "sources": sorted({state["settings"]["kind"] for state in found.values()}),
+        "parts": {
+            name: {key: value for key, value in state.items() if key != "failed"}
+            | {"failed": len(state.get("failed", {}))}
+            for name, state in found.items()
+        },
+    }
+    atomic.write_json(out / PROVENANCE, about)
+
+
+def _text(found: dict[str, dict[str, Any]], license_: str | None) -> str:
+    rows = "".join(
+        f"| `{name}` | {s['settings']['kind']} | {s['trajectories']} | {s['frames']} "
+        f"| {s['without_actions']} | {s['with_unknown_actions']} | {len(s.get('failed', {}))} |\n"
+        for name, s in found.items()
+    )
+    return f"""# Trajectories
+
+Few frames of each recording, its task in words and an action for each frame, for reward models.
+
+| configuration | source | trajectories | frames | without actions | with unknown ones | left out |
+|---|---|---|---|---|---|---|
+{rows}
+`frames` are the bytes of an H.264 mp4 whose frame `k` belongs to `actions[k]` and was shown at
+`timestamps[k]` seconds of `video`, a recording of `source_fps` frames/s. They were taken evenly from all
+of its frames, so the rate at which the mp4 plays (`fps`) says nothing of how fast things happened.
+
+`actions` of EgoDex: {", ".join(f"`{name}`" for name in ACTION_NAMES)}; metres, positions at that frame (not
+differences), in the recording's own world or, where the settings say `frame: camera`, the hands in the
+camera's. NaN: not known. Other sources: their own actions, or none.
+
+`quality_label` is `successful` throughout: nobody judged it. `preference_group_id`, `preference_rank` and
+`partial_success` are empty. RFM's `lang_vector` is not here; it is an embedding of `task`.
+
+Licence of the recordings: {license_ or "not known to the exporter; see their source"}.
+"""
