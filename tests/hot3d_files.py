@@ -36,7 +36,7 @@ def headset(s):
 def wrist(side, s):
     """T_world_wrist."""
     sign = {"left": -1, "right": 1}[side]
-    return poses.pose([sign * 0.2, 1.2 + 0.1 * s, -0.5], turned(sign * 0.4 + 0.5 * s, (1, 0, 0)))
+    return poses.pose([sign * 0.1, 1.5 + 0.1 * s, 0.5], turned(sign * 0.4 + 0.5 * s, (1, 0, 0)))
 
 
 def thing(k, s):

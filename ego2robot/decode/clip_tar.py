@@ -42,6 +42,37 @@ def looks_like(blob: Blob) -> bool:
     return head[257:262] == b"ustar" and (name == SHAPES or FRAME.fullmatch(name) is not None)
 
 
+def first_frame(name: str, blob: Blob) -> dict[str, Any]:
+    """What the first frame of a clip says: the values of its JSON members by kind (``cameras``, ``info`` …).
+
+    The tar is read up to its second frame. Raises VideoError where it is no tar, or breaks off before that.
+    """
+    found: dict[str, Any] = {}
+    first = None
+    try:
+        with tarfile.open(Path(blob.path), "r:") as archive, Path(blob.path).open("rb") as file:
+            for member in archive:
+                match = FRAME.fullmatch(member.name.removeprefix("./"))
+                if match is None:
+                    continue
+                first = first or match[1]
+                if match[1] != first:
+                    break
+                if member.name.endswith(".json") and member.isreg() and member.size <= MAX_MEMBER:
+                    file.seek(member.offset_data)
+                    found[match[2].removesuffix(".json")] = _value(file.read(member.size))
+    except (tarfile.TarError, OSError) as error:
+        raise VideoError(name, f"not a tar, or damaged ({error})", REDO, "corrupt") from None
+    return found
+
+
+def _value(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
 def open_clip(name: str, blob: Blob) -> ClipTar:
     """Raises VideoError: no such tar, cut off, or without pictures and their times."""
     path = Path(blob.path)
@@ -111,12 +142,7 @@ class ClipTar:
 
     def json(self, member: str) -> Any:
         """The value of a JSON member; None where there is none, or it is damaged."""
-        if member not in self._members:
-            return None
-        try:
-            return json.loads(self._bytes(member))
-        except (ValueError, RecursionError):
-            return None
+        return _value(self._bytes(member)) if member in self._members else None
 
     def _json_or_none(self, member: str, key: str) -> Any:
         value = self.json(member)

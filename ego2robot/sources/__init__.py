@@ -6,6 +6,7 @@ from ego2robot.sources.egocentric10k import Egocentric10K
 from ego2robot.sources.egodex import EgoDex
 from ego2robot.sources.epic_kitchens import EpicKitchens
 from ego2robot.sources.folder import Folder
+from ego2robot.sources.hot3d import HOT3D
 from ego2robot.sources.lerobot import LeRobot
 from ego2robot.sources.manifest import Manifest
 
@@ -14,6 +15,7 @@ SOURCES: dict[str, Source] = {
     "egocentric10k": Egocentric10K(),
     "egodex": EgoDex(),
     "epic_kitchens": EpicKitchens(),
+    "hot3d": HOT3D(),
     "aria": Aria(),
     "lerobot": LeRobot(),
     "manifest": Manifest(),
