@@ -435,6 +435,37 @@ def _export_workers(asked: int | None, opened: Any) -> int:
 
 
 @app.command()
+def push(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A folder that `export` wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository of the hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Only you can see a repository made new.")
+    ] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of several datasets in the repository.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", metavar="NAME", help="Where the source says none: cc-by-4.0 …")
+    ] = None,
+    permitted: Annotated[
+        bool, typer.Option("--i-have-permission", help="The owner allows what the licence forbids.")
+    ] = False,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Else HF_TOKEN, or what `hf auth login` keeps.")
+    ] = None,
+) -> None:
+    """Publish a dataset on the Hugging Face hub, with its card. Again: sends what is not there yet."""
+    from ego2robot.export import hub
+
+    checked = hub.inspect(dataset, licence, permitted)
+    token = hub.read_token(token_file)
+    # The hub's own library shows how far it is.
+    done = hub.push(checked, repo, token, private, part, tell=lambda text: print(text, file=sys.stderr))
+    removed = f", {done.removed} old ones removed" if done.removed else ""
+    print(f"{done.url}: {done.files} files, {done.bytes / 1e6:.1f} MB, {done.licence}{removed}")
+
+
+@app.command()
 def check(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A LeRobot v3.0 folder, anybody's.")],
     out: Annotated[

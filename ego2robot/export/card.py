@@ -9,9 +9,12 @@ from typing import Any
 
 import yaml
 
-# Sources whose licence holds for all of their footage (FACTS: the data sets' own cards).
-SOURCE_LICENSES = {"egocentric10k": "apache-2.0"}
+from ego2robot.errors import UserError
+from ego2robot.export.licences import Licence, identifier_of
 
+EMPTY = "> **Empty.**"
+# A card that ``push`` wrote for a repository of several parts has a row for each between these.
+_PARTS_BEGIN, _PARTS_END = "<!-- ego2robot parts -->", "<!-- end of parts -->"
 STATE_TEXT = {
     "hands": "for the left and then the right hand: visible (0 or 1), interpolated (1 where it was "
     "not detected but lies in a short gap between detections), box (x_min, y_min, x_max, y_max) and "
@@ -69,11 +72,13 @@ class Facts:
     license: str | None
     version: str
     units: str = ""  # of the columns of a native state
+    blurred: int | None = None  # frames in which faces were covered; None: faces were not looked for
+    stripped: bool = False  # names of people, places and videos became pseudonyms
 
 
 def license_of(pairs: Iterable[tuple[str, str | None]]) -> str | None:
     """The one licence that all episodes share, from pairs of source and ``license`` field; else None."""
-    found = {said or SOURCE_LICENSES.get(source) for source, said in pairs}
+    found = {said or identifier_of(source) for source, said in pairs}
     return found.pop() if len(found) == 1 else None
 
 
@@ -148,17 +153,123 @@ def _body(facts: Facts) -> str:
         "```python\nfrom lerobot.datasets.lerobot_dataset import LeRobotDataset\n\n"
         'dataset = LeRobotDataset("local/dataset", root="path/to/this/folder")\n'
         'frame = dataset[0]  # frame["observation.images.top"]: float32 [3, H, W] in [0, 1]\n```',
+        "## Privacy",
+        privacy(facts.blurred, facts.frames, facts.stripped),
         "## Licence",
         license_text,
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def privacy(blurred: int | None, frames: int, stripped: bool) -> str:
+    """What was taken out of the pictures and the texts, and what was not."""
+    faces = (
+        "Faces were not looked for: people may be recognisable."
+        if blurred is None
+        else f"Faces that a detector found were covered, in {blurred:,} of {frames:,} frames. It misses "
+        "some, above all small, turned and hidden ones; hands, clothes, rooms and screens are as they were."
+    )
+    names = (
+        "Videos, people and places have pseudonyms instead of names; task texts are as they were written."
+        if stripped
+        else "Names of videos, and what their source says of them, are as they were."
+    )
+    return f"{faces} {names} This is no promise of anonymity."
+
+
+# -- for the hub ------------------------------------------------------------------------------------
+
+
+def parted(text: str) -> tuple[dict[str, Any], str]:
+    """The front matter of a card, and the rest.
+
+    Raises:
+        UserError: the front matter is not YAML.
+    """
+    if not text.startswith("---\n") or "\n---\n" not in text:
+        return {}, text
+    head, body = text[4:].split("\n---\n", 1)
+    try:
+        front = yaml.safe_load(head)
+    except (yaml.YAMLError, RecursionError):
+        raise UserError("README.md: its front matter is not YAML; export the dataset again") from None
+    return (front if isinstance(front, dict) else {}), body.lstrip("\n")
+
+
+def joined(front: Mapping[str, Any], body: str) -> str:
+    """The opposite of :func:`parted`."""
+    return f"---\n{yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)}---\n\n{body}"
+
+
+def published(text: str, licence: str, known: Licence | None) -> str:
+    """A dataset's own card with the licence that it is published under, and the terms of its source."""
+    front, body = parted(text)
+    front = {"license": licence, **{key: value for key, value in front.items() if key != "license"}}
+    if licence == "other" and known:
+        front["license_name"] = "-".join(known.name.lower().split())
+    said = f"Published under `{_inline(licence)}`."
+    if known:
+        said += f" The footage: {known.terms} (Its licence: {known.name}; read in {known.source}.)"
+    before, mark, _ = body.partition("## Licence\n")
+    body = f"{before}{mark}\n{said}\n" if mark else f"{body.rstrip()}\n\n## Licence\n\n{said}\n"
+    return joined(front, body)
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """The rows of a card of several parts, by the name of the part."""
+    _, _, rest = text.partition(_PARTS_BEGIN)
+    rows = rest.partition(_PARTS_END)[0].splitlines()
+    return {row[3:].partition("]")[0]: row for row in rows if row.startswith("| [")}
+
+
+def with_part(repository: str | None, part: str, text: str) -> str:
+    """The card of a repository of several parts with one more, or with this one as it is now.
+
+    Args:
+        repository: its card until now; None: there is none.
+        part: the folder of the part, and its configuration's name.
+        text: the part's own card.
+    """
+    front, body = parted(text)
+    before = parted(repository)[0] if repository else {}
+    own = [config for config in front.get("configs") or () if isinstance(config, dict)]
+    files = own[0].get("data_files") if own else "**"
+    others = [c for c in before.get("configs") or () if isinstance(c, dict) and c.get("config_name") != part]
+    configs = [*others, {"config_name": part, "data_files": f"{part}/{files}"}]
+    rows = parts_of(repository or "")
+    licences = {str(before["license"]), str(front["license"])} if rows and "license" in before else set()
+    tags = [*dict.fromkeys([*(before.get("tags") or ()), *(front.get("tags") or ())])]
+    head: dict[str, Any] = {
+        "license": "other" if len(licences) > 1 else front["license"],
+        "task_categories": front.get("task_categories") or before.get("task_categories") or ["robotics"],
+        "tags": tags,
+        "configs": sorted(configs, key=lambda c: str(c["config_name"])),
+    }
+    title = next((line[2:] for line in body.splitlines() if line.startswith("# ")), "dataset")
+    rows[part] = f"| [{part}]({part}/README.md) | {title} | `{_inline(str(front['license']))}` |"
+    lines = [
+        "# First-person hand work in parts",
+        "",
+        "Made by ego2robot. Each part is a dataset of its own, with a card that has its figures, its limits "
+        "and its licence.",
+        "",
+        _PARTS_BEGIN,
+        "| part | what it is | licence |",
+        "|---|---|---|",
+        *(rows[name] for name in sorted(rows)),
+        _PARTS_END,
+        "",
+        f'Loading: `datasets.load_dataset("OWNER/NAME", "{part}")`.',
+        "",
+    ]
+    return joined(head, "\n".join(lines))
+
+
 def _warnings(facts: Facts) -> list[str]:
     found = []
     if not facts.videos:
         found.append(
-            "> **Empty.** No clip could be exported; the files only show the format. LeRobot itself opens "
+            f"{EMPTY} No clip could be exported; the files only show the format. LeRobot itself opens "
             "no dataset without episodes."
         )
     if facts.random_models:
