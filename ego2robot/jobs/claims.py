@@ -35,6 +35,7 @@ from ego2robot.store.ledger import Ledger, Record
 from ego2robot.store.shared import Clock, Shared, SystemClock
 
 MAX_LEVEL = 14
+ORPHANED = 4  # leases, or seconds for each live worker: a claim so old is looked at though nobody has died
 STALE_S = 5.0  # at most so old is what a worker knows of the ledger when he begins a unit
 
 
@@ -162,6 +163,10 @@ class Presence:
         _, at = self._seen.setdefault(worker, (-1, now))
         return now - at > self.lease_s or self._gone(worker)
 
+    def dead_ones(self) -> list[str]:
+        """Who had left a sign at the last look, and is dead."""
+        return [worker for worker in self._there if self.dead(worker)]
+
     def first(self) -> bool:
         """Whether this worker is the first by name of those who live: one of them does what one has to do."""
         return all(self.me <= worker or self.dead(worker) for worker in self._there)
@@ -241,7 +246,7 @@ class Board:
         self._left = int(self._open.sum())
         self._known_at = -1e9
         self._look_again = -1e9
-        self._buried_at = self.clock.monotonic()
+        self._born = self._buried_at = self.clock.monotonic()
         self._speed = 1.0  # estimated seconds of work done in a second, by one of ``width``
         self._began = False
         self.claimed = 0  # claims made
@@ -453,20 +458,26 @@ class Board:
         return claim.owner
 
     def _bury(self, all_: bool) -> bool:
-        """Removes the claims of the dead; says whether there were any.
+        """Removes the claims of the dead, then their signs; says whether there were any claims.
 
-        To know whose a claim is, it must be read: unless ``all_``, only those are that are old.
+        To know whose a claim is, it must be read, which costs most where workers are many: unless ``all_``,
+        only those are that are older than a lease while somebody is dead, and much older else (who died
+        before he showed himself, or was buried by somebody who did not see them all).
         """
         now = self._buried_at = self.clock.monotonic()
+        dead = self.presence.dead_ones()
+        old_s = self.terms.lease_s if dead else ORPHANED * max(self.terms.lease_s, self.presence.n_alive)
         found = False
         for name, claim in list(self._seen.items()):
-            if name in self._mine or not (all_ or now - claim.since > self.terms.lease_s):
+            if name in self._mine or not (all_ or now - claim.since > old_s):
                 continue
             if self.presence.dead(self._owner(name, claim)):
                 self.claims.remove(name)
-                self.presence.bury(self._owner(name, claim))
                 del self._seen[name]
                 found = True
+        unread = any(claim.owner is None for name, claim in self._seen.items() if name not in self._mine)
+        for worker in dead if all_ or not unread or now - self._born > 2 * self.terms.lease_s else ():
+            self.presence.bury(worker)
         return found
 
     def _spare(self) -> bool:
