@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from tests.footage import write_video
+from tests.footage import textured_frame, write_video
 
 WIDTH, HEIGHT, FPS = 1920, 1080, 30
 INTRINSIC = np.array([[736.6339, 0, 960], [0, 736.6339, 540], [0, 0, 1]], np.float32)
@@ -167,7 +167,7 @@ def write_recording(
 
     Args:
         n_poses: where not as many as frames.
-        drawn: at full size, the tracked joints as white dots; else a small picture of the frame's number.
+        drawn: at full size, the tracked joints as white dots; else the number of the frame + 128 ``seed``.
         video: for ``write_video``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +183,8 @@ def write_recording(
     if drawn:
         video = {"width": WIDTH, "height": HEIGHT, "options": {"preset": "ultrafast"}, "crf": 12} | video
         video["picture"] = lambda i, w, h: _dots([recording.pixels(j, i) for j in TRACKED], w, h)
+    else:
+        video.setdefault("picture", lambda i, w, h: textured_frame(i + 128 * seed, w, h))
     write_video(recording.video, n_frames=n, fps=FPS, **video)
     return recording
 
