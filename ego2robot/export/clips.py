@@ -38,7 +38,7 @@ FIELDS = pa.schema(
     [
         ("clip_id", pa.string()),
         ("video_id", pa.string()),
-        ("video", pa.string()),
+        ("video_name", pa.string()),  # not "video": of a folder of videos that is the pictures
         ("source", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
@@ -207,7 +207,7 @@ def token() -> str:
 def fields(row: Row, order: Order) -> dict[str, Any]:
     """The cells of ``FIELDS`` for a chosen clip."""
     own = {
-        "video": row["name"],
+        "video_name": row["name"],
         "fps": float(order.fps),
         "width": order.spec.width,
         "height": order.spec.height,
