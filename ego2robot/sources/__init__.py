@@ -2,6 +2,7 @@
 
 from ego2robot.sources.aria import Aria
 from ego2robot.sources.base import Candidate, Source
+from ego2robot.sources.ego4d import Ego4D
 from ego2robot.sources.egocentric10k import Egocentric10K
 from ego2robot.sources.egodex import EgoDex
 from ego2robot.sources.epic_kitchens import EpicKitchens
@@ -15,6 +16,7 @@ SOURCES: dict[str, Source] = {
     "egocentric10k": Egocentric10K(),
     "egodex": EgoDex(),
     "epic_kitchens": EpicKitchens(),
+    "ego4d": Ego4D(),
     "hot3d": HOT3D(),
     "aria": Aria(),
     "lerobot": LeRobot(),

@@ -49,7 +49,8 @@ class Counted:
     def problems(self, what: str = "row", kind: str = "metadata") -> Iterator[VideoError]:
         """One line a reason: ``train.csv: 3 rows not used: ends before it starts; the first is line 17``."""
         for reason, (count, first) in self.reasons.items():
-            cause = f"{count:,} {what}{'s' * (count != 1)} not used: {reason}"
+            plural = what.removesuffix("y") + "ies" if what.endswith("y") else f"{what}s"
+            cause = f"{count:,} {what if count == 1 else plural} not used: {reason}"
             yield VideoError(storable(str(self.path)), cause, f"the first is {storable(first)}", kind)
 
 
