@@ -261,9 +261,11 @@ def _narrations(uid: str, video: Any, known: _Known, bad: Counted) -> None:
 def _spans(packed: bytes | None, part: _Part | None, length: float | None) -> list[Span]:
     if packed is None:
         return []
-    narrations = json.loads(zlib.decompress(packed))
+    told: dict[float, list[list[str]]] = {}
+    for moment, *narration in json.loads(zlib.decompress(packed)):
+        told.setdefault(moment, []).append(narration)
     begin, end = (part.start_s, part.end_s) if part else (0.0, length or math.inf)
-    moments = sorted({narration[0] for narration in narrations})
+    moments = sorted(told)
     found = []
     for k, moment in enumerate(moments):
         if not begin <= moment <= end:
@@ -272,15 +274,15 @@ def _spans(packed: bytes | None, part: _Part | None, length: float | None) -> li
         after = (moments[k + 1] - moment) / 2 if k + 1 < len(moments) else MAX_REACH_S
         reach = (min(MAX_REACH_S, max(MIN_REACH_S, way)) for way in (before, after))
         start_s, end_s = moment - next(reach), moment + next(reach)
-        now = [narration for narration in narrations if narration[0] == moment]
+        now = told[moment]
         meta = {
-            "task": "; ".join(dict.fromkeys(task_of(narration[1]) for narration in now)),
-            "narration": "; ".join(narration[1].strip() for narration in now),
+            "task": "; ".join(dict.fromkeys(task_of(text) for text, _, _ in now)),
+            "narration": "; ".join(text.strip() for text, _, _ in now),
             "narration_timestamp_s": f"{moment:g}",
-            "narration_pass": now[0][3],
+            "narration_pass": now[0][2],
         }
-        if now[0][2]:
-            meta["annotation_uid"] = now[0][2]
+        if now[0][1]:
+            meta["annotation_uid"] = now[0][1]
         found.append(Span(max(begin, start_s) - begin, min(end, end_s) - begin, meta))
     return [span for span in found if span.end_s > span.start_s]
 
