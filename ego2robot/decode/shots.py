@@ -26,15 +26,17 @@ from ego2robot.decode.pyav import Packets, open_stream, pictures
 from ego2robot.decode.sizes import Sizes, packet_sizes
 from ego2robot.types import Blob, VideoInfo
 
-WIDTH, HEIGHT = 128, 72  # of the pictures that are compared
-# The peak between neighbours (1: moved, but the same): 0.34 and more on footage of hands at work, at most
-# 0.08 between places that have nothing to do with each other. A cut is below ``CUT``, and below a share of
-# what is usual around.
-CUT, RELATIVE = 0.12, 0.45
-USUAL = 8  # neighbours on either side
+WIDTH, HEIGHT = 64, 36  # of the pictures that are compared
+BAND = 0.75  # of the waves that such a picture has: the finest are noise
+# The peak between neighbours (1: moved, but the same): 0.55 and more on footage of hands at work, 0.28 and
+# more on nearly all of a drawn head that turns fast, at most 0.24 between places that have nothing to do
+# with each other. A cut is below ``CUT``, and below a share of what is usual around.
+CUT, RELATIVE = 0.3, 0.35
+AGAIN = 0.4  # of any shortly before with any shortly after: it was no cut, something passed
+USUAL = 3  # neighbours on either side; the calmer side counts: a head may turn until the cut
 SPIKE = 2.0  # a packet so many times as large as all but the largest tenth of those around may follow a cut
 AROUND = 45  # packets on either side
-FLASH = 2  # pictures that may be lost in light between two that are alike
+FLASH = 4  # pictures that may be lost in light, or blurred, between two that are alike
 FLAT = 2.0  # standard deviation of grey levels below which a picture shows nothing
 CONTEXT_S = 0.5  # of what comes after a group of pictures, to know what is usual there
 
@@ -68,7 +70,7 @@ def cuts_between(greys: Iterable[tuple[float, np.ndarray]]) -> list[float]:
     """Times of the first pictures after cuts among consecutive ones; see :func:`find_cuts`.
 
     Args:
-        greys: seconds and uint8 [72, 128] of each. Flat ones are passed over. Few are held at a time.
+        greys: seconds and uint8 [36, 64] of each. Flat ones are passed over. Few are held at a time.
     """
     recent: deque[np.ndarray] = deque(maxlen=2 * FLASH + 2)
     times_s: list[float] = []
@@ -77,7 +79,7 @@ def cuts_between(greys: Iterable[tuple[float, np.ndarray]]) -> list[float]:
 
     def compare(n_after: int) -> None:
         before, after = list(recent)[:-n_after], list(recent)[-n_after:]
-        if peaks[-n_after] < CUT and max(_peak(a, b) for a in before for b in after) < CUT:
+        if peaks[-n_after] < CUT and max(_peak(a, b) for a in before for b in after) < AGAIN:
             apart.append(len(peaks) - n_after)
 
     for time_s, grey_hw in greys:
@@ -92,25 +94,34 @@ def cuts_between(greys: Iterable[tuple[float, np.ndarray]]) -> list[float]:
             compare(FLASH + 1)
     for n_after in range(min(FLASH, len(peaks)), 0, -1):
         compare(n_after)
-    found = []
+    found: list[int] = []
     for k in apart:
-        around = peaks[max(0, k - USUAL) : k] + peaks[k + 1 : k + 1 + USUAL]
-        if not around or peaks[k] < RELATIVE * float(np.median(around)):
-            found.append(times_s[k])
-    return found
+        sides = peaks[max(0, k - USUAL) : k], peaks[k + 1 : k + 1 + USUAL]
+        usual = max((float(np.median(side)) for side in sides if side), default=1.0)
+        if peaks[k] >= RELATIVE * usual:
+            continue
+        if found and k - found[-1] <= FLASH:  # of several nearby, the clearest
+            k = min(found.pop(), k, key=lambda at: peaks[at])  # noqa: PLW2901
+        found.append(k)
+    return [times_s[k] for k in found]
 
 
 _WINDOW_HW = np.outer(np.hanning(HEIGHT), np.hanning(WIDTH)).astype(np.float32)
+_IN_BAND_hw = (
+    (2 * np.abs(np.fft.fftfreq(HEIGHT))[:, None] <= BAND) & (2 * np.fft.rfftfreq(WIDTH) <= BAND)
+).astype(np.float32)
+_IN_BAND_hw[0, 0] = 0.0  # brightness
+_ALIKE = float(np.fft.irfft2(_IN_BAND_hw, s=(HEIGHT, WIDTH)).max())  # peak of a picture with itself
 
 
 def _spectrum(grey_hw: np.ndarray) -> np.ndarray:
-    """Phases of the picture's waves, complex64 [72, 65]; its edges are faded out."""
+    """Phases of the picture's waves, complex64 [36, 33]; its edges are faded out."""
     waves = np.fft.rfft2((grey_hw.astype(np.float32) - grey_hw.mean()) * _WINDOW_HW)
-    return (waves / np.maximum(np.abs(waves), 1e-6)).astype(np.complex64)
+    return (waves * _IN_BAND_hw / np.maximum(np.abs(waves), 1e-6)).astype(np.complex64)
 
 
 def _peak(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.fft.irfft2(one * np.conj(other), s=(HEIGHT, WIDTH)).max())
+    return float(np.fft.irfft2(one * np.conj(other), s=(HEIGHT, WIDTH)).max()) / _ALIKE
 
 
 def _spiking(sizes: Sizes) -> set[int]:
