@@ -39,9 +39,10 @@ class Codec:
     options: Mapping[str, str]
 
 
-# Keyframe every 2nd frame and crf 30 are LeRobot's own, for fast random access. SVT-AV1's preset 12 takes 0.63
-# of the processor time of its default, 10, for 4 % more bytes and 0.4 dB less (demo and film, 36 frames each).
-# x264 at crf 30 would be visibly worse than SVT-AV1 at 30, so it gets its own; no B-frames, times are then exact.
+# Keyframe every 2nd frame and crf 30 are LeRobot's own, for fast random access. SVT-AV1's preset 12 takes
+# 0.63 of the processor time of its default, 10, for 4 % more bytes and 0.4 dB less (two films, 36 frames
+# each). x264 at crf 30 would be visibly worse than SVT-AV1 at 30, so it gets its own; no B-frames, times are
+# then exact.
 GOP = 2
 CODECS = {
     "av1": Codec("av1", "libsvtav1", {"crf": "30", "preset": "12", "svtav1-params": "lp=1"}),
