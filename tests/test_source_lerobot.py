@@ -83,7 +83,7 @@ def test_times_that_are_off_by_less_than_the_tolerance_hit_the_same_rows(written
     video = video_of(listed(written.root)[0][0])
     times = np.arange(51) / FPS
     expected = np.concatenate(written.state[:2])
-    for off in (-9e-5, 9e-5, 0.4 / FPS):
+    for off in (-9e-5, 9e-5, -0.45 / FPS, 0.45 / FPS):
         assert (LEROBOT.trajectory(video, times + off).state_TD == expected).all()
     beyond = LEROBOT.trajectory(video, np.array([-0.1, 0.0, 51 / FPS, 99.0]))
     assert np.isnan(beyond.state_TD).all(1).tolist() == [True, False, True, True]

@@ -86,7 +86,7 @@ class LeRobot(Source):
             for feature in (state, action)
             if feature
         }
-        for row, where in episodes.rows_at(place, at).items():
+        for row, where in episodes.rows_at(place, at, dataset.fps).items():
             _fill(dataset, episodes, row, at, where, found)
         empty = np.zeros((len(at), 0), np.float32)
         return Trajectory(
@@ -250,15 +250,18 @@ class Episodes:
         begin, end = (float(self.columns[f"{name}_timestamp"][row]) for name in ("from", "to"))
         return Span(begin, end, meta)
 
-    def rows_at(self, place: tuple[int, int], at_s: np.ndarray) -> dict[int, np.ndarray]:
-        """The episodes that some moments of a file lie in: row to the indices of its moments."""
+    def rows_at(self, place: tuple[int, int], at_s: np.ndarray, fps: float) -> dict[int, np.ndarray]:
+        """The episodes that some moments of a file lie in: row to the indices of its moments.
+
+        A moment belongs to the nearest frame: containers round times to a millisecond at worst.
+        """
         rows = np.flatnonzero(
             (self.columns["chunk_index"] == place[0]) & (self.columns["file_index"] == place[1])
         )
         if not len(rows):
             return {}
         begin, end = self.columns["from_timestamp"][rows], self.columns["to_timestamp"][rows]
-        k = np.searchsorted(begin, at_s + TOLERANCE_S, side="right") - 1
+        k = np.searchsorted(begin, at_s + max(0.5 / fps, TOLERANCE_S), side="right") - 1
         inside = (k >= 0) & (at_s < end[np.maximum(k, 0)] + TOLERANCE_S)
         return {int(rows[i]): np.flatnonzero(inside & (k == i)) for i in np.unique(k[inside])}
 
