@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -180,7 +181,8 @@ def _print_run_end(outcome: Any) -> None:
         print(f"skills   {skills['k']} from {skills['n_clips']} clips by {skills['embedding']}{note}")
     if outcome.export:
         e = outcome.export
-        print(f"dataset  {e.path}: {e.episodes} episodes, {e.frames} frames, {e.bytes / 1e6:.1f} MB")
+        size = f"{e.bytes / 1e6:.1f} MB{_covered(e)}"
+        print(f"dataset  {e.path}: {e.episodes} episodes, {e.frames} frames, {size}")
         for clip, reason in e.skipped:
             print(f"         clip {clip} left out: {reason}")
     print(f"report   {outcome.report}")
@@ -262,6 +264,12 @@ WorkersOption = Annotated[
 ]
 CodecOption = Annotated[Literal["av1", "h264"] | None, typer.Option(help="Of the videos.")]
 HandsOption = Annotated[bool, typer.Option("--hands", help="With the landmarks of every frame.")]
+BlurOption = Annotated[
+    bool, typer.Option("--blur-faces", help="Cover the faces that are found, as export.blur_faces does.")
+]
+StripOption = Annotated[
+    bool, typer.Option("--strip-metadata", help="Pseudonyms for names, as export.strip_metadata does.")
+]
 RepresentativesOption = Annotated[
     bool, typer.Option("--only-representatives", help="Leave out near-duplicates of a better clip.")
 ]
@@ -287,6 +295,8 @@ def export_lerobot(
         typer.Option(metavar="I/N", help="Only a share of the work, I from 0; a call without this ends it."),
     ] = None,
     only_representatives: RepresentativesOption = False,
+    blur_faces: BlurOption = False,
+    strip_metadata: StripOption = False,
 ) -> None:
     """Write a LeRobot v3.0 dataset from a run's kept clips. Again: goes on where it was interrupted."""
     from ego2robot.console import display
@@ -296,7 +306,7 @@ def export_lerobot(
     from ego2robot.progress import paced
     from ego2robot.store.rundir import RunDir
 
-    opened = RunDir.open(run)
+    opened = _private(RunDir.open(run), blur_faces, strip_metadata)
     cfg = opened.config.export
     asked: dict[str, Any] = {
         "top": top or cfg.top,
@@ -317,7 +327,8 @@ def export_lerobot(
     if shard is not None:
         print(f"shard {shard} done, {left} units are left; the same command without --shard ends it")
         return
-    print(f"{out}: {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB")
+    size = f"{result.bytes / 1e6:.1f} MB{_covered(result)}"
+    print(f"{out}: {result.episodes} episodes, {result.frames} frames, {size}")
     for clip, reason in result.skipped:
         print(f"clip {clip} left out: {reason}")
     for warning in result.warnings:
@@ -334,6 +345,8 @@ def export_webdataset(
     hands: HandsOption = False,
     workers: WorkersOption = None,
     only_representatives: RepresentativesOption = False,
+    blur_faces: BlurOption = False,
+    strip_metadata: StripOption = False,
 ) -> None:
     """Write kept clips as WebDataset shards: an MP4 and a JSON each. Without --top all of them."""
     from ego2robot.console import display
@@ -341,7 +354,7 @@ def export_webdataset(
     from ego2robot.progress import paced
     from ego2robot.store.rundir import RunDir
 
-    opened = RunDir.open(run)
+    opened = _private(RunDir.open(run), blur_faces, strip_metadata)
     n, codec = _export_workers(workers, opened), codec or opened.config.export.codec
     with display() as (show, _):
         tell = paced("exporting", show)
@@ -358,6 +371,8 @@ def export_parquet(
     hands: HandsOption = False,
     workers: WorkersOption = None,
     only_representatives: RepresentativesOption = False,
+    blur_faces: BlurOption = False,
+    strip_metadata: StripOption = False,
 ) -> None:
     """Write kept clips as MP4 files with a Parquet table of them. Without --top all of them."""
     from ego2robot.console import display
@@ -365,7 +380,7 @@ def export_parquet(
     from ego2robot.progress import paced
     from ego2robot.store.rundir import RunDir
 
-    opened = RunDir.open(run)
+    opened = _private(RunDir.open(run), blur_faces, strip_metadata)
     n, codec = _export_workers(workers, opened), codec or opened.config.export.codec
     with display() as (show, _):
         tell = paced("exporting", show)
@@ -423,11 +438,28 @@ def export_trajectories(
 
 
 def _print_clips(out: Path, result: Any, files: str) -> None:
-    print(f"{out}: {result.clips} clips, {result.files} {files}, {result.bytes / 1e6:.1f} MB")
+    covered = _covered(result)
+    print(f"{out}: {result.clips} clips, {result.files} {files}, {result.bytes / 1e6:.1f} MB{covered}")
     for clip, reason in result.skipped:
         print(f"clip {clip} left out: {reason}")
     for warning in result.warnings:
         _warn(warning)
+
+
+def _private(opened: Any, blur_faces: bool, strip_metadata: bool) -> Any:
+    """The run with what is asked for beside what its recipe asks for."""
+    asked = opened.config.export
+    export = dataclasses.replace(
+        asked,
+        blur_faces=asked.blur_faces or blur_faces,
+        strip_metadata=asked.strip_metadata or strip_metadata,
+    )
+    opened.config = dataclasses.replace(opened.config, export=export)
+    return opened
+
+
+def _covered(result: Any) -> str:
+    return "" if result.covered is None else f", faces covered in {result.covered} frames"
 
 
 def _export_workers(asked: int | None, opened: Any) -> int:

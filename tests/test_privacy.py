@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from typer.testing import CliRunner
 
-from ego2robot import config, models
+from ego2robot import cli, config, models
 from ego2robot.errors import UserError
-from ego2robot.export import privacy, video
+from ego2robot.export import lerobot, privacy, video
+from ego2robot.export.clips_parquet import export_parquet
+from ego2robot.export.webdataset import export_webdataset
 from ego2robot.hands_net import faces as net_faces
 from ego2robot.hands_net.faces import FaceNet
-from tests import faces
+from ego2robot.report import html, write_report
+from ego2robot.store.rundir import RunDir
+from tests import faces, test_export_lerobot
+from tests.footage import write_video
 
 HEIGHT, WIDTH = 360, 640
 NAMES = ("face_detection_short_range.tflite", "face_detection_full_range_sparse.tflite")
@@ -288,3 +298,116 @@ def test_encoded_videos_say_neither_when_nor_where_nor_by_whom(codec: str) -> No
         *("major_brand", "minor_version", "compatible_brands", "encoder", "language", "handler_name"),
         "vendor_id",
     }
+
+
+# -- exports --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, networks: list[Path]) -> RunDir:
+    """A run over footage with a face, of which names tell a lot; privacy asked for."""
+    folder = tmp_path_factory.mktemp("bobs-kitchen")
+    torch.set_num_threads(1)
+
+    def picture(i: int, height: int, width: int) -> np.ndarray:
+        drawn = faces.wall(height, width, 3)
+        faces.put(drawn, 40 + i, 20, 120)
+        return drawn
+
+    video_file = write_video(
+        folder / "monday-bob.mp4", 120, 320, 180, picture=lambda i, w, h: picture(i, h, w)
+    )
+    tree = {
+        **test_export_lerobot.CONFIG,
+        "source": {"path": str(folder)},
+        "export": {"blur_faces": True, "strip_metadata": True},
+    }
+    meta = [("worker_id", "bob"), ("task", "stir"), ("recorded_by", "alice")]
+    found, _ = test_export_lerobot.make_run(
+        folder / "run",
+        [video_file],
+        tree,
+        lambda clip, number: {"meta": meta, "label": None, "label_score": None},
+    )
+    return found
+
+
+def everything_said(folder: Path) -> str:
+    """All names and texts of a dataset: paths, JSON, Markdown, tables and the members of tars."""
+    parts = []
+    for path in folder.rglob("*"):
+        parts.append(path.relative_to(folder).as_posix())
+        if path.suffix in (".json", ".md"):
+            parts.append(path.read_text())
+        elif path.suffix == ".parquet":
+            parts.append(str(pq.read_table(path).to_pylist()) + str(pq.read_schema(path).metadata))
+        elif path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    parts.append(str(member.get_info()))
+                    data = tar.extractfile(member)
+                    if data and member.name.endswith(".json"):
+                        parts.append(data.read().decode())
+    return "\n".join(parts)
+
+
+def check_said(folder: Path, run: RunDir, frames: int) -> None:
+    text = everything_said(folder)
+    for secret in ("bob", "monday", "alice", "kitchen", str(run.path), privacy.salt_of(run.path).hex()):
+        assert secret not in text
+    clip_id = run.table("clips")["clip_id"][0].as_py()
+    assert clip_id not in text and privacy.Stripper(privacy.salt_of(run.path)).clip(clip_id) in text
+    assert f"in {frames} of {frames} frames" in text and "no promise of anonymity" in text
+
+
+def test_a_lerobot_dataset_has_no_faces_and_no_names_and_says_what_was_done(
+    run: RunDir, tmp_path: Path, net: FaceNet
+) -> None:
+    result = lerobot.export_lerobot(run, tmp_path / "out", 10, codec="h264")
+    assert result.episodes == 2 and result.covered == result.frames == 24
+    check_said(result.path, run, 24)
+    told = json.loads((result.path / "meta/ego2robot.json").read_text())
+    assert told["faces_covered_in_frames"] == 24 and told["names_stripped"]
+    assert html.dataset(run) is None
+    (run.path / "dataset").symlink_to(result.path)
+    shown = html.dataset(run)
+    assert shown is not None and shown["covered"] == 24
+    page = write_report(run, tmp_path / "report.html").read_text()
+    assert 'faces covered in <b id="n-covered">24</b> frames' in page
+    (mp4,) = result.path.rglob("*.mp4")
+    with av.open(str(mp4)) as container:
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert len(frames) == 24
+    assert not net(torch.from_numpy(frames[::8])).score_BK.ge(privacy.MIN_SCORE).any()
+
+
+def test_clips_have_no_faces_and_no_names_either(run: RunDir, tmp_path: Path) -> None:
+    shards = export_webdataset(run, tmp_path / "shards", None, codec="h264", hands=True)
+    videos = export_parquet(run, tmp_path / "videos", None, codec="h264", hands=True)
+    for result in (shards, videos):
+        check_said(result.path, run, 24)
+        assert json.loads((result.path / "ego2robot.json").read_text())["faces_covered_in_frames"] == 24
+    table = pq.read_table(videos.path / "metadata.parquet").to_pylist()
+    assert {row["video_name"] for row in table} == {
+        privacy.Stripper(privacy.salt_of(run.path)).video("monday-bob.mp4")
+    }
+    assert all((videos.path / row["file_name"]).is_file() for row in table)
+    meta = {item["key"]: item["value"] for item in table[0]["meta"]}
+    assert set(meta) == {"task", "worker_id"} and meta["task"] == "stir"
+    hands = pq.read_table(videos.path / "hands.parquet")["clip_id"].to_pylist()
+    assert set(hands) == {row["clip_id"] for row in table}
+
+
+def test_flags_ask_for_what_the_recipe_does_not(run: RunDir, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(run.path, plain, ignore=shutil.ignore_patterns("dataset", privacy.SALT_FILE))
+    settings = yaml.safe_load((plain / "config.yaml").read_text())
+    settings["export"] |= {"blur_faces": False, "strip_metadata": False}
+    (plain / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = ["export", "parquet", str(plain), str(tmp_path / "out"), "--codec", "h264", "--workers", "0"]
+    done = CliRunner().invoke(cli.app, [*command, "--top", "1"])
+    assert done.exit_code == 0 and "covered" not in done.stdout and not (plain / privacy.SALT_FILE).exists()
+    assert "monday-bob" in everything_said(tmp_path / "out")
+    done = CliRunner().invoke(cli.app, [*command, "--top", "1", "--blur-faces", "--strip-metadata"])
+    assert done.exit_code == 0 and "faces covered in 12 frames" in done.stdout, done.output
+    assert "monday-bob" not in everything_said(tmp_path / "out")

@@ -103,14 +103,14 @@ def _body(facts: Facts) -> str:
         else "no frame (there is none)"
     )
     license_text = (
-        f"The footage is under `{_inline(facts.license)}`, as its source says."
+        f"The footage is under `{inline(facts.license)}`, as its source says."
         if facts.license
         else "**Unknown.** The source does not say, or its videos differ: ask whoever recorded them."
     )
     parts = [
         "# First-person hand work as robot-learning episodes",
         f"Made by ego2robot {facts.version} from first-person video, in the LeRobot dataset format v3.0.",
-        MEASURED.format(units=_inline(facts.units)) if facts.schema == "native" else PSEUDO,
+        MEASURED.format(units=inline(facts.units)) if facts.schema == "native" else PSEUDO,
         *_warnings(facts),
         "## Figures",
         _table(
@@ -145,7 +145,7 @@ def _body(facts: Facts) -> str:
     ]
     if facts.tasks:
         common = sorted(facts.tasks.items(), key=lambda item: (-item[1], item[0]))
-        parts += ["## Tasks", _table(("task", "episodes"), [(_inline(t), f"{n:,}") for t, n in common[:50]])]
+        parts += ["## Tasks", _table(("task", "episodes"), [(inline(t), f"{n:,}") for t, n in common[:50]])]
         if len(common) > 50:
             parts.append(f"… and {len(common) - 50:,} more in `meta/tasks.parquet`.")
     parts += [
@@ -207,7 +207,7 @@ def published(text: str, licence: str, known: Licence | None) -> str:
     front = {"license": licence, **{key: value for key, value in front.items() if key != "license"}}
     if licence == "other" and known:
         front["license_name"] = "-".join(known.name.lower().split())
-    said = f"Published under `{_inline(licence)}`."
+    said = f"Published under `{inline(licence)}`."
     if known:
         said += f" The footage: {known.terms} (Its licence: {known.name}; read in {known.source}.)"
     before, mark, _ = body.partition("## Licence\n")
@@ -246,7 +246,7 @@ def with_part(repository: str | None, part: str, text: str) -> str:
         "configs": sorted(configs, key=lambda c: str(c["config_name"])),
     }
     title = next((line[2:] for line in body.splitlines() if line.startswith("# ")), "dataset")
-    rows[part] = f"| [{part}]({part}/README.md) | {title} | `{_inline(str(front['license']))}` |"
+    rows[part] = f"| [{part}]({part}/README.md) | {title} | `{inline(str(front['license']))}` |"
     lines = [
         "# First-person hand work in parts",
         "",
@@ -286,7 +286,7 @@ def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Text from outside, safe in a Markdown table: no markup, no line breaks."""
     flat = html.escape(" ".join(text.split()), quote=False)
     return "".join("\\" + c if c in "\\`*_{}[]|#!" else c for c in flat)

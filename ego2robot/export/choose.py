@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from ego2robot import config
 from ego2robot.errors import UserError
 from ego2robot.store import schema
 from ego2robot.store.rundir import RunDir
@@ -122,15 +120,6 @@ def licences(chosen: pa.Table) -> set[tuple[str, str | None]]:
         for batch in chosen.select(["source", "meta"]).to_batches(BATCH)
         for row in batch.to_pylist()
     }
-
-
-def public(cfg: config.Config) -> dict[str, Any]:
-    """The configuration without the folders of the machine: datasets are made to be given away."""
-    tree = config.to_dict(cfg)
-    tree["run_dir"] = tree["export"]["path"] = ""
-    tree["source"]["path"] = Path(cfg.source.path).name
-    tree["source"]["annotations"] = Path(cfg.source.annotations).name
-    return tree
 
 
 def _duplicates(run: RunDir) -> pa.Array:

@@ -18,12 +18,13 @@ import yaml
 
 from ego2robot import __version__, config
 from ego2robot.errors import UserError
-from ego2robot.export import video
+from ego2robot.export import card, privacy, video
 from ego2robot.export.card import license_of
-from ego2robot.export.choose import Choice, choose, licences, public, random_models
+from ego2robot.export.choose import Choice, choose, licences, random_models
 from ego2robot.export.files import cut
 from ego2robot.export.footage import Begun, Footage, Row
 from ego2robot.export.lerobot import MIN_UNIT_S, SHARES
+from ego2robot.export.privacy import Privacy, Stripper
 from ego2robot.export.staging import FORMAT, Item, Staging, Task, check_target, unwritable
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
@@ -71,6 +72,7 @@ class Order:
     spec: FrameSpec
     codec: str
     hands: bool
+    privacy: Privacy
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class ClipsResult:
     bytes: int
     skipped: list[tuple[str, str]]
     warnings: list[str]
+    covered: int | None = None  # frames in which a face was covered; None: they were not looked for
 
 
 def prepare(
@@ -121,7 +124,7 @@ def prepare(
     frames, fps = run.config.frames, Fraction(run.config.clips.sample_fps).limit_denominator(1000)
     spec = FrameSpec(frames.height, frames.width, frames.fit)
     choice = choose(run, top, True, only_representatives)
-    order = Order(run.path.resolve(), out, "", kind, fps, spec, codec, hands)
+    order = Order(run.path.resolve(), out, "", kind, fps, spec, codec, hands, privacy.of_run(run))
     how = asdict(video.CODECS[codec])
     key = short_id(
         kind, FORMAT, __version__, av.__version__, asdict(order), how, run.fingerprint,
@@ -154,13 +157,14 @@ def worker(order: Order, store: Callable[[Order, Staging, int], Store]) -> Calla
     run = RunDir.open(order.run)
     staging = Staging(order.out, order.key)
     footage = Footage(run, order.spec)
+    cover, strip = order.privacy.cover(), order.privacy.stripper
 
     def do(task: Task) -> Iterator[Item]:
         try:
             rows = staging.rows(task.unit).to_pylist(maps_as_pydicts="lossy")
             footage.expect(rows)
             staging.path(task.unit, "").parent.mkdir(parents=True, exist_ok=True)
-            failed, number = {}, staging.starts[task.unit] - 1
+            failed, covered, number = {}, 0, staging.starts[task.unit] - 1
             with store(order, staging, task.unit) as storing:
                 for read in footage.read(rows, dict(task.avoid)):
                     if isinstance(read, Begun):
@@ -170,12 +174,14 @@ def worker(order: Order, store: Callable[[Order, Staging, int], Store]) -> Calla
                     if isinstance(found, str):
                         failed[str(number)] = found
                     else:
+                        covered += cover(found)
                         pictures = found.frames_THWC.cpu().numpy()
                         mp4 = video.encode_episode(pictures, order.fps, video.CODECS[order.codec], GOP)
-                        hands = _parquet(footage.hand_rows(row)) if order.hands else None
-                        storing.add(Encoded(row, mp4, fields(row, order), hands))
+                        hands = _parquet(_hands(footage.hand_rows(row), strip)) if order.hands else None
+                        shown = told(row, strip)
+                        storing.add(Encoded(shown, mp4, fields(shown, order), hands))
                     yield Item()
-            staging.commit(task.unit, {"failed": failed, **storing.record()})
+            staging.commit(task.unit, {"failed": failed, "covered": covered, **storing.record()})
         except OSError as error:
             raise unwritable(order.out, error) from None
 
@@ -202,6 +208,27 @@ class Store:
 def token() -> str:
     """Sets the files of a process apart from those of another that does the same unit and may be killed."""
     return secrets.token_hex(4)
+
+
+def told(row: Row, strip: Stripper | None) -> Row:
+    """A chosen clip as the dataset tells of it: with pseudonyms where names are not asked for."""
+    if strip is None:
+        return row
+    return {
+        **row,
+        "clip_id": strip.clip(row["clip_id"]),
+        "video_id": strip.clip(row["video_id"]),
+        "name": strip.video(row["name"]),
+        "meta": strip.meta(dict(row["meta"] or ())),
+    }
+
+
+def _hands(table: pa.Table, strip: Stripper | None) -> pa.Table:
+    if strip is None:
+        return table
+    place = table.schema.get_field_index("clip_id")
+    ids = pa.array([strip.clip(clip_id) for clip_id in table["clip_id"].to_pylist()], pa.string())
+    return table.set_column(place, table.schema.field(place), ids)
 
 
 def fields(row: Row, order: Order) -> dict[str, Any]:
@@ -233,6 +260,24 @@ def skipped(prepared: Prepared, failed: Mapping[int, str]) -> list[tuple[str, st
     return [(clip_id, failed[row]) for clip_id, row in zip(ids, rows, strict=True)]
 
 
+def covered(prepared: Prepared) -> int | None:
+    """Frames in which a face was covered; None: they were not looked for."""
+    staging = prepared.staging
+    if not prepared.order.privacy.blur_faces:
+        return None
+    return sum(staging.record(unit)["covered"] for unit in range(staging.n_units))
+
+
+def _public(prepared: Prepared, left_out: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What was left out and why, without names where those are not asked for."""
+    strip = prepared.order.privacy.stripper
+    if strip is None:
+        return list(left_out)
+    table = prepared.choice.table
+    names = dict(zip(table["clip_id"].to_pylist(), table["name"].to_pylist(), strict=True))
+    return [(strip.clip(clip_id), strip.line(reason, names[clip_id])) for clip_id, reason in left_out]
+
+
 def describe(
     run: RunDir,
     prepared: Prepared,
@@ -252,9 +297,13 @@ def describe(
         "codec": order.codec,
         "ranked_by": choice.ranked_by,
         "random_weights": randoms,
-        "skipped": [{"clip_id": clip_id, "reason": reason} for clip_id, reason in left_out],
+        "skipped": [
+            {"clip_id": clip_id, "reason": reason} for clip_id, reason in _public(prepared, left_out)
+        ],
+        "faces_covered_in_frames": covered(prepared),
+        "names_stripped": order.privacy.salt is not None,
         "fingerprint": run.fingerprint,
-        "config": public(run.config),
+        "config": privacy.public_config(config.to_dict(run.config), order.privacy.salt is not None),
     }
     atomic.write_json(staging.dataset / PROVENANCE, provenance)
     licence = license_of(licences(choice.table))
@@ -268,8 +317,18 @@ def describe(
         f"({choice.planned:,} planned), {order.spec.height} × {order.spec.width} pixels at "
         f"{float(order.fps):g} frames/s, {order.codec.upper()}.{note}\n\n{loading}\n"
     )
-    if licence is None:
-        text += "\nThe licence of the footage is unknown, or differs: ask whoever recorded it.\n"
+    if not n:
+        text += f"\n{card.EMPTY} No clip could be exported; the files only show the format.\n"
+    ids, lengths = choice.table["clip_id"].to_pylist(), choice.table["n_frames"].to_pylist()
+    missing = {clip_id for clip_id, _ in left_out}
+    frames = sum(k for clip_id, k in zip(ids, lengths, strict=True) if clip_id not in missing)
+    text += f"\n## Privacy\n\n{card.privacy(covered(prepared), frames, order.privacy.salt is not None)}\n"
+    said = (
+        f"The footage is under `{card.inline(licence)}`, as its source says."
+        if licence
+        else ("Unknown, or it differs from video to video: ask whoever recorded them.")
+    )
+    text += f"\n## Licence\n\n{said}\n"
     atomic.write_text(staging.dataset / "README.md", text)
 
 

@@ -54,11 +54,11 @@ def export_parquet(
         failed = _tables(staging, order)
         left_out = clips.skipped(prepared, failed)
         clips.describe(run, prepared, left_out, {}, LOADING)
-        warnings = clips.warnings(run, prepared, left_out)
+        warnings, covered = clips.warnings(run, prepared, left_out), clips.covered(prepared)
         n = prepared.choice.table.num_rows - len(left_out)
         staging.publish()
     size = sum(path.stat().st_size for path in order.out.rglob("*") if path.is_file())
-    return ClipsResult(order.out, n, n, size, left_out, warnings)
+    return ClipsResult(order.out, n, n, size, left_out, warnings, covered)
 
 
 LOADING = """```python
@@ -82,7 +82,8 @@ def _tables(staging: Staging, order: Order) -> dict[int, str]:
             failed |= missing
             rows = staging.rows(unit).to_pylist(maps_as_pydicts="lossy")
             made = [row for i, row in enumerate(rows, staging.starts[unit]) if i not in missing]
-            cells = [{"file_name": file_name(r["clip_id"]), **clips.fields(r, order)} for r in made]
+            shown = [clips.told(row, order.privacy.stripper) for row in made]
+            cells = [{"file_name": file_name(r["clip_id"]), **clips.fields(r, order)} for r in shown]
             table.add(pa.Table.from_pylist(cells, schema=COLUMNS))
     if order.hands:
         with TableFile(staging.dataset / HANDS, schema.HANDS, GROUP_ROWS) as table:

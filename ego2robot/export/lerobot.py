@@ -21,9 +21,9 @@ import pyarrow as pa
 
 from ego2robot import __version__, config
 from ego2robot.errors import UserError
-from ego2robot.export import episode, video
+from ego2robot.export import episode, privacy, video
 from ego2robot.export.card import Facts, card, license_of
-from ego2robot.export.choose import BATCH, Choice, choose, counted, licences, public, random_models
+from ego2robot.export.choose import BATCH, Choice, choose, counted, licences, random_models
 from ego2robot.export.episode import ActionName, Smooth
 from ego2robot.export.files import Limits, cut
 from ego2robot.export.footage import Footage
@@ -62,6 +62,7 @@ class ExportResult:
     bytes: int
     skipped: list[tuple[str, str]]
     warnings: list[str]
+    covered: int | None = None  # frames in which a face was covered; None: they were not looked for
 
 
 def export_lerobot(
@@ -182,7 +183,9 @@ def _prepare(
     if layout.schema == "native":
         choice = choose(run, top, True, only_representatives)
     table = choice.table
-    order = Order(run.path.resolve(), out, "", fps, spec, layout, codec, action, smooth, limits)
+    order = Order(
+        run.path.resolve(), out, "", fps, spec, layout, codec, action, smooth, limits, privacy.of_run(run)
+    )
     decides = {**asdict(order), "run": str(order.run), "out": str(out), "codec": asdict(video.CODECS[codec])}
     key = short_id(
         "lerobot", FORMAT, __version__, av.__version__, decides, run.fingerprint, config.to_dict(run.config),
@@ -235,6 +238,20 @@ def _skipped(staging: Staging, numbers: Numbers) -> list[tuple[str, str]]:
     return [(clip_id, numbers.skipped[row]) for clip_id, row in zip(ids, rows, strict=True)]
 
 
+def _told(
+    staging: Staging, order: Order, numbers: Numbers, skipped: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """What was left out and why, as the dataset says it: without names where those are not asked for."""
+    strip = order.privacy.stripper
+    if strip is None:
+        return list(skipped)
+    names = staging.table(["name"])["name"].take(pa.array(sorted(numbers.skipped), pa.int64())).to_pylist()
+    return [
+        (strip.clip(clip_id), strip.line(reason, name))
+        for (clip_id, reason), name in zip(skipped, names, strict=True)
+    ]
+
+
 def _describe(
     run: RunDir, staging: Staging, export: _Export, numbers: Numbers, skipped: Sequence[tuple[str, str]]
 ) -> None:
@@ -268,9 +285,14 @@ def _describe(
         "pseudo_actions": layout.schema != "native",
         "ranked_by": export.choice.ranked_by,
         "random_weights": randoms,
-        "skipped": [{"clip_id": clip_id, "reason": reason} for clip_id, reason in skipped],
+        "skipped": [
+            {"clip_id": clip_id, "reason": reason}
+            for clip_id, reason in _told(staging, order, numbers, skipped)
+        ],
         "fingerprint": run.fingerprint,
-        "config": public(run.config),
+        "faces_covered_in_frames": numbers.covered if order.privacy.blur_faces else None,
+        "names_stripped": order.privacy.salt is not None,
+        "config": privacy.public_config(config.to_dict(run.config), order.privacy.salt is not None),
     }
     atomic.write_json(staging.dataset / PROVENANCE, provenance)
     made = export.choice.table.take(numbers.table["row"].combine_chunks())
@@ -293,6 +315,8 @@ def _describe(
         license=license_of(licences(made)),
         version=__version__,
         units=layout.units,
+        blurred=numbers.covered if order.privacy.blur_faces else None,
+        stripped=order.privacy.salt is not None,
     )
     atomic.write_text(staging.dataset / "README.md", card(facts))
 
@@ -309,4 +333,6 @@ def _result(run: RunDir, export: _Export, numbers: Numbers, skipped: list[tuple[
         found.append("no hand is seen in any episode: states and actions are all zero")
     if randoms := random_models(run):
         found.append(f"random weights: {', '.join(randoms)}; their labels and skills mean nothing")
-    return ExportResult(export.order.out, episodes, numbers.frames, len(numbers.tasks), 0, skipped, found)
+    covered = numbers.covered if export.order.privacy.blur_faces else None
+    tasks = len(numbers.tasks)
+    return ExportResult(export.order.out, episodes, numbers.frames, tasks, 0, skipped, found, covered)

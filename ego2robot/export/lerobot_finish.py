@@ -48,6 +48,7 @@ class Numbers:
         skipped: row of the plan → why it is none of them.
         pixels: of all pictures.
         hand_frames: frames with a hand.
+        covered: frames in which a face was covered.
     """
 
     table: pa.Table
@@ -56,6 +57,7 @@ class Numbers:
     skipped: dict[int, str]
     pixels: stats.PixelHistogram
     hand_frames: int
+    covered: int
 
     @property
     def frames(self) -> int:
@@ -69,13 +71,14 @@ def number(staging: Staging, order: Order) -> Numbers:
     unit_of = np.repeat(np.arange(staging.n_units), np.diff(staging.starts))
     skipped: dict[int, str] = {}
     videos: list[tuple[int, str]] = []
-    pixels, hand_frames = stats.PixelHistogram(), 0
+    pixels, hand_frames, covered = stats.PixelHistogram(), 0, 0
     for unit in range(staging.n_units):
         record = staging.record(unit)
         skipped |= {int(row): reason for row, reason in record["failed"].items()}
         pixels.counts += np.array(record["pixels"], np.int64)
         pixels.frames += record["frames"]
         hand_frames += record["hand_frames"]
+        covered += record["covered"]
         made = pq.read_table(staging.path(unit, ".episodes.parquet"), columns=["row", "part", "first"])
         rows = made["row"].to_numpy()
         video_of[rows] = len(videos) + made["part"].to_numpy()
@@ -100,7 +103,9 @@ def number(staging: Staging, order: Order) -> Numbers:
         "video": video_of[rows],
         "part_first": first[rows],
     }
-    return Numbers(pa.table(columns), texts.dictionary.to_pylist(), videos, skipped, pixels, hand_frames)
+    return Numbers(
+        pa.table(columns), texts.dictionary.to_pylist(), videos, skipped, pixels, hand_frames, covered
+    )
 
 
 def _row_bytes(described: dict[str, dict[str, Any]]) -> int:
@@ -199,6 +204,9 @@ class _Writer:
                 columns = self._numbered(episodes, first_episode + before, texts)
                 plan = plan.rename_columns([{"name": "video"}.get(name, name) for name in plan.column_names])
                 columns |= {name: plan[name].take(rows) for name, _ in ORIGIN}
+                if strip := self.order.privacy.stripper:
+                    for name, hide in (("video", strip.video), ("clip_id", strip.clip)):
+                        columns[name] = pa.array([hide(v) for v in columns[name].to_pylist()], pa.string())
                 columns |= {n: staged[n] for n in staged.column_names if n.startswith("stats/")}
                 file.add(pa.table([columns[name] for name in schema.names], schema.names).cast(schema))
 

@@ -21,6 +21,7 @@ from ego2robot.export.episode import ActionName, Layout, Smooth
 from ego2robot.export.files import Limits
 from ego2robot.export.footage import Begun, Footage, Row
 from ego2robot.export.lerobot_format import VIDEO_KEY, staged_schema, vector_schema, vectors_table
+from ego2robot.export.privacy import Privacy
 from ego2robot.export.staging import Item, Staging, Task, unwritable
 from ego2robot.stages import tracks
 from ego2robot.store import atomic
@@ -42,6 +43,7 @@ class Order:
     action: ActionName
     smooth: Smooth
     limits: Limits
+    privacy: Privacy
 
 
 def worker(order: Order) -> Callable[[Task], Iterator[Item]]:
@@ -56,6 +58,7 @@ class _Worker:
         self.run = RunDir.open(order.run)
         self.staging = Staging(order.out, order.key)
         self.footage = Footage(self.run, order.spec)
+        self.cover = order.privacy.cover()
 
     def do(self, task: Task) -> Iterator[Item]:
         """One unit; it is committed when this ends."""
@@ -93,6 +96,7 @@ class _Worker:
                         made.failed[number] = str(error)
                     else:
                         made.hand_frames += episode.seen(dealt) if dealt else 0
+                        made.covered += self.cover(found)
                         made.add(number, found, vectors, files)
                 yield Item()
         for suffix, table in made.tables().items():
@@ -142,6 +146,7 @@ class _Made:
         self._pixels = stats.PixelHistogram()
         self.failed: dict[int, str] = {}  # row of the plan → why
         self.hand_frames = 0
+        self.covered = 0  # frames in which a face was
 
     def add(
         self, number: int, found: ClipFrames, vectors: dict[str, np.ndarray], files: video.VideoFiles
@@ -177,6 +182,7 @@ class _Made:
         return {
             "failed": {str(number): reason for number, reason in self.failed.items()},
             "hand_frames": self.hand_frames,
+            "covered": self.covered,
             "pixels": self._pixels.counts.tolist(),
             "frames": self._pixels.frames,
         }

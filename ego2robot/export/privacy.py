@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from ego2robot import models
 from ego2robot.hands_net.faces import LOOKS, FaceNet
 from ego2robot.store import atomic
+from ego2robot.store.rundir import RunDir
+from ego2robot.types import ClipFrames
 
 MIN_SCORE = 0.7  # of a face, in one of the frames it is followed through: hands seldom look so much like one
 MIN_LINKED = 0.35  # in the others
@@ -34,20 +36,61 @@ _PER_PASS = {"cpu": 4, "cuda": 32}
 _PIXELS = 640 * 360
 
 
+@dataclass(frozen=True)
+class Privacy:
+    """What a run asks for. Pickles.
+
+    Attributes:
+        blur_faces: cover the faces that are found.
+        salt: of the pseudonyms; None: names stay.
+    """
+
+    blur_faces: bool = False
+    salt: bytes | None = field(default=None, repr=False)
+
+    @property
+    def stripper(self) -> Stripper | None:
+        return Stripper(self.salt) if self.salt is not None else None
+
+    def cover(self) -> Callable[[ClipFrames], int]:
+        """A function that covers the faces in a clip's frames, in place, and says in how many of them; where
+        that is not asked for, it does nothing."""
+        if not self.blur_faces:
+            return lambda found: 0
+        net = face_net()
+        return lambda found: blur_faces(found.frames_THWC, net, found.content)[1]
+
+
+def of_run(run: RunDir) -> Privacy:
+    """What ``export.blur_faces`` and ``export.strip_metadata`` of a run say, made ready.
+
+    Raises:
+        UserError: the face detector is not there and cannot be fetched.
+    """
+    asked = run.config.export
+    if asked.blur_faces:
+        _networks(pull_if_missing=True)
+    return Privacy(asked.blur_faces, salt_of(run.path) if asked.strip_metadata else None)
+
+
 # -- faces ----------------------------------------------------------------------------------------
 
 
-def face_net(device: torch.device | str = "cpu", pull_if_missing: bool = False) -> FaceNet:
+def face_net(device: torch.device | str = "cpu") -> FaceNet:
     """The detector that :func:`blur_faces` takes.
 
     Raises:
         UserError: the networks are missing or damaged.
     """
+    return FaceNet(*_networks(), device, min_score=MIN_LINKED, looks=LOOKS)
+
+
+def _networks(pull_if_missing: bool = False) -> tuple[Path, Path]:
     near, far = (
         models.network_path(f"face_detection_{name}.tflite", pull_if_missing)
         for name in ("short_range", "full_range_sparse")
     )
-    return FaceNet(near, far, device, min_score=MIN_LINKED, looks=LOOKS)
+    return near, far
 
 
 def blur_faces(

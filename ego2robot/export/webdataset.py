@@ -69,10 +69,10 @@ def export_webdataset(
         left_out = clips.skipped(prepared, failed)
         head = {"configs": [{"config_name": "default", "data_files": "shard-*.tar"}]}
         clips.describe(run, prepared, left_out, head, LOADING)
-        warnings = clips.warnings(run, prepared, left_out)
+        warnings, covered = clips.warnings(run, prepared, left_out), clips.covered(prepared)
         staging.publish()
     size = sum(path.stat().st_size for path in order.out.rglob("*") if path.is_file())
-    return ClipsResult(order.out, len(pieces), len(tasks), size, left_out, warnings)
+    return ClipsResult(order.out, len(pieces), len(tasks), size, left_out, warnings, covered)
 
 
 LOADING = """```python

@@ -369,7 +369,8 @@ def dataset(run: RunDir) -> dict[str, Any] | None:
         # The run's own reader gives None for a missing file; an absolute path stays what it is.
         info = run.read_json(str(folder.resolve() / "meta" / "info.json"))
         if info:
-            return {"path": str(folder), **info}
+            made = run.read_json(str(folder.resolve() / "meta" / "ego2robot.json")) or {}
+            return {"path": str(folder), "covered": made.get("faces_covered_in_frames"), **info}
     return None
 
 
