@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from ego2robot.blobs import open_blob
 from ego2robot.errors import VideoError
-from ego2robot.fisheye624 import CLOCKWISE, N_PARAMS, Fisheye624, camera_of, describe
+from ego2robot.fisheye624 import CLOCKWISE, Fisheye624, camera_of, describe
 from ego2robot.types import Blob
 
 CODEC = "vrs"
@@ -37,6 +37,8 @@ RECORD = struct.Struct("<IIiIdHBBI")
 INFO_BYTES, SIZE_AT = 19, 8  # of an entry of the index, and where in it the size of its record stands
 COMPRESSION = {1: "lz4", 2: "zstd"}
 REDO = "re-download the file"
+# What the package raises of damaged files: its own errors, texts that are no UTF-8, sizes beyond reason.
+DAMAGE = (RuntimeError, ValueError, IndexError, OverflowError, MemoryError)
 
 
 def missing() -> str | None:
@@ -89,7 +91,7 @@ def open_vrs(name: str, blob: Blob) -> VRS:
     try:
         with _quiet():
             return VRS(name, path)
-    except (RuntimeError, ValueError, IndexError, OverflowError) as error:
+    except DAMAGE as error:
         raise VideoError(name, f"damaged VRS ({_line(error)})", REDO, "corrupt") from None
 
 
@@ -182,7 +184,7 @@ class VRS:
                 if not data.is_valid():
                     return None
                 picture = data.to_numpy_array()
-        except (RuntimeError, ValueError):
+        except DAMAGE:
             return None
         if picture.dtype != np.uint8 or picture.shape[:2] != (self.height, self.width):
             return None
@@ -194,14 +196,17 @@ class VRS:
         ``T_device_camera`` and ``T_device_cpf`` (the frame of the gaze, between the eyes) are [4, 4], metres.
         It is the factory's calibration; the online calibration of MPS is not applied.
         """
+        try:
+            return self._camera()
+        except DAMAGE:
+            return None
+
+    def _camera(self) -> dict[str, object] | None:
         camera = self._calibration.get_camera_calib(RGB) if self._calibration is not None else None
         if camera is None or "FISHEYE624" not in str(camera.get_model_name()):
             return None
         width, height = (int(n) for n in camera.get_image_size())
-        params = camera.get_projection_params()
-        if len(params) not in (N_PARAMS, N_PARAMS + 1):
-            return None
-        lens: Fisheye624 = camera_of(params, width, height)
+        lens: Fisheye624 = camera_of(camera.get_projection_params(), width, height)
         T_device_camera = np.array(camera.get_transform_device_camera().to_matrix(), np.float64)
         if self.rotation == 90:
             lens = lens.clockwise()
