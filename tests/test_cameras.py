@@ -145,3 +145,41 @@ def test_landmarks_move_with_the_picture():
 def test_a_camera_that_makes_no_sense_is_none(text):
     assert camera_of({"intrinsics": text}) is None and undistorter({"intrinsics": text}, FrameSpec()) is None
     assert camera_of({}) is None
+
+
+def test_stored_hands_move_with_the_picture_and_those_out_of_reach_are_left_out():
+    import pyarrow as pa
+
+    from ego2robot.export.footage import straightened
+    from ego2robot.store import schema
+
+    spec = FrameSpec(360, 640)
+    straighten = undistorter(META, spec)
+    rng = np.random.default_rng(3)
+    landmarks = rng.uniform(0.55, 0.7, (2, 21, 3)).astype(np.float32)
+    landmarks[1, 0, 0] = 3.0  # far outside the picture
+    rows = [
+        {
+            "clip_id": "c",
+            "frame": i,
+            "time_s": 0.0,
+            "side": "left",
+            "score": 1.0,
+            "presence": 1.0,
+            "box": [0.55, 0.55, 0.7, 0.7],
+            "landmarks": landmarks[i].ravel().tolist(),
+            "world": [0.0] * 63,
+        }
+        for i in range(2)
+    ]
+    found = straightened(pa.Table.from_pylist(rows, schema.HANDS), straighten)
+    assert found.schema.equals(schema.HANDS) and found["frame"].to_pylist() == [0]
+    moved = np.array(found["landmarks"].to_pylist()).reshape(21, 3)
+    np.testing.assert_allclose(moved[:, :2], straighten.points(landmarks[0, :, :2]), atol=1e-6)
+    np.testing.assert_array_equal(moved[:, 2].astype(np.float32), landmarks[0, :, 2])
+    (box,) = found["box"].to_pylist()
+    corner = straighten.points(np.array([0.7, 0.7]))
+    assert box[2] >= corner[0] - 1e-6 and box[0] < box[2] and box[1] < box[3]
+    assert (moved[:, :2] >= np.array(box[:2]) - 1e-6).all() and (
+        moved[:, :2] <= np.array(box[2:]) + 1e-6
+    ).all()

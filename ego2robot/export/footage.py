@@ -1,4 +1,7 @@
-"""Chosen clips read back: their frames, one pass per video, and their hands out of the run's own rows."""
+"""Chosen clips read back: their frames, one pass per video, and their hands out of the run's own rows.
+
+With ``frames.undistort`` both come without the bend of a fisheye camera, where the dataset gives one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from ego2robot import decode
+from ego2robot import cameras, decode
 from ego2robot.decode import policy
 from ego2robot.errors import UserError, VideoError
 from ego2robot.sources.base import identity
@@ -42,6 +45,7 @@ class Footage:
         self._units: dict[str, Unit] = {}
         self._wanted: frozenset[str] = frozenset()
         self._part: tuple[str, pa.Table] | None = None
+        self._straight: tuple[str, cameras.Undistorter | None] | None = None
 
     @cached_property
     def _plan(self) -> StoredPlan:
@@ -88,7 +92,12 @@ class Footage:
                 try:
                     for found in self._decode(group):
                         row = waiting.pop(found.clip.clip_id)
-                        yield row, found.reason if isinstance(found, decode.ClipFailure) else found
+                        if isinstance(found, decode.ClipFailure):
+                            yield row, found.reason
+                            continue
+                        if straighten := self._undistorter(row):
+                            found.frames_THWC, found.greys_Thw = straighten(found.frames_THWC), None
+                        yield row, found
                 except VideoError as error:
                     reason = str(error)
             for row in waiting.values():
@@ -116,6 +125,13 @@ class Footage:
             source.name, source.blob, source.info, clips, self._spec, backend, "cpu", fast
         )
 
+    def _undistorter(self, row: Row) -> cameras.Undistorter | None:
+        if not self._run.config.frames.undistort:
+            return None
+        if self._straight is None or self._straight[0] != row["video_id"]:
+            self._straight = row["video_id"], cameras.undistorter(self.video(row).meta, self._spec)
+        return self._straight[1]
+
     def expect(self, rows: Sequence[Row]) -> None:
         """Names the clips whose hands will be asked for; only theirs are held."""
         self._wanted, self._part = frozenset(row["clip_id"] for row in rows), None
@@ -134,7 +150,9 @@ class Footage:
                 raise UserError(f"{path}: cannot be read ({cause}); run `ego2robot repair`") from None
             self._part = (part, table)
         table = self._part[1]
-        return table.filter(pc.equal(table["clip_id"], row["clip_id"]))
+        found = table.filter(pc.equal(table["clip_id"], row["clip_id"]))
+        straighten = self._undistorter(row)
+        return straightened(found, straighten) if straighten and len(found) else found
 
     def hands(self, row: Row) -> list[Hand]:
         """The detected hands of an expected clip, by frame and side."""
@@ -148,6 +166,26 @@ class Footage:
                 Hand(hand["frame"], hand["side"], hand["score"], box, landmarks, world, hand["presence"])
             )
         return sorted(found, key=lambda hand: (hand.frame, hand.side))
+
+
+def straightened(hands: pa.Table, straighten: cameras.Undistorter) -> pa.Table:
+    """Rows of ``schema.HANDS`` as they lie in undistorted frames: landmarks moved, boxes drawn around where
+    their outline went. A hand of which a part is where no undistorted picture reaches is left out."""
+    landmarks = np.asarray(hands["landmarks"].to_pylist(), np.float64).reshape(len(hands), -1, 3)
+    boxes = np.asarray(hands["box"].to_pylist(), np.float64)
+    landmarks[..., :2] = straighten.points(landmarks[..., :2])
+    left, top, right, bottom = (boxes[:, i] for i in range(4))
+    x, y = (left + right) / 2, (top + bottom) / 2
+    corners = [(left, top), (x, top), (right, top), (right, y), (right, bottom), (x, bottom), (left, bottom)]
+    outline = straighten.points(np.stack([np.stack(c, -1) for c in (*corners, (left, y))], 1))
+    boxes = np.concatenate([outline.min(1), outline.max(1)], -1)
+    seen = np.isfinite(landmarks).all((1, 2)) & np.isfinite(boxes).all(1)
+    for name, values in (("box", boxes), ("landmarks", landmarks.reshape(len(hands), -1))):
+        field = hands.schema.field(name)
+        flat = pa.array(np.nan_to_num(values).astype(np.float32).ravel())
+        column = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]).cast(field.type)
+        hands = hands.set_column(hands.schema.get_field_index(name), field, column)
+    return hands.filter(pa.array(seen))
 
 
 def _lost(row: Row) -> VideoError:
