@@ -151,6 +151,46 @@ def test_several_parts_are_configurations_of_one_repository(store: Hub, tmp_path
         hub.push(hub.inspect(two), "me/single", TOKEN, part="part2")
 
 
+def test_trajectories_of_several_sources_keep_their_configurations_and_all_licences(
+    store: Hub, tmp_path: Path
+) -> None:
+    """The form of `export trajectories`: parts in one folder, their configurations in its card."""
+    folder = tmp_path / "t"
+    for part in ("kitchen", "factory"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "train-00000.parquet").write_bytes(b"PAR1" + part.encode())
+        (folder / part / "export.json").write_text("{}")
+        (folder / part / ".lock").touch()
+    configs = [
+        {"config_name": part, "data_files": [{"split": "train", "path": f"{part}/train-*.parquet"}]}
+        for part in ("factory", "kitchen")
+    ]
+    (folder / "README.md").write_text(
+        card.joined({"license": "other", "configs": configs}, "# Trajectories\n")
+    )
+    (folder / "meta").mkdir()
+    about = {"made_by": "ego2robot", "sources": ["egocentric10k", "epic_kitchens"]}
+    (folder / "meta" / "ego2robot.json").write_text(json.dumps(about))
+    checked = hub.inspect(folder)
+    hub.push(checked, REPO, TOKEN)
+    text = store.repositories[REPO].files["README.md"].decode()
+    assert not any(name.endswith(".lock") for name in store.repositories[REPO].files)
+    assert checked.licence == "other" and front_of(store)["configs"] == configs
+    assert "Egocentric-10K" in text and "EPIC-KITCHENS-100" in text
+    hub.push(checked, "me/parts", TOKEN, part="first")
+    front = card.parted(store.repositories["me/parts"].files["README.md"].decode())[0]
+    assert front["configs"] == [
+        {
+            "config_name": f"first.{part}",
+            "data_files": [{"split": "train", "path": f"first/{part}/train-*.parquet"}],
+        }
+        for part in ("factory", "kitchen")
+    ]
+    (folder / "meta" / "ego2robot.json").write_text(json.dumps({**about, "sources": ["egodex", "folder"]}))
+    with pytest.raises(UserError, match="made of egodex"):
+        hub.inspect(folder)
+
+
 def test_many_files_go_in_several_commits(
     store: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

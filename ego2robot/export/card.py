@@ -201,18 +201,17 @@ def joined(front: Mapping[str, Any], body: str) -> str:
     return f"---\n{yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)}---\n\n{body}"
 
 
-def published(text: str, licence: str, known: Licence | None) -> str:
-    """A dataset's own card with the licence that it is published under, and the terms of its source."""
+def published(text: str, licence: str, known: Sequence[Licence]) -> str:
+    """A dataset's own card with the licence that it is published under, and the terms of its sources."""
     front, body = parted(text)
     front = {"license": licence, **{key: value for key, value in front.items() if key != "license"}}
     if licence == "other" and known:
-        front["license_name"] = "-".join(known.name.lower().split())
-    said = f"Published under `{inline(licence)}`."
-    if known:
-        said += f" The footage: {known.terms} (Its licence: {known.name}; read in {known.source}.)"
+        front["license_name"] = "-and-".join("-".join(one.name.lower().split()) for one in known)
+    said = [f"Published under `{inline(licence)}`."]
+    said += [f"{one.terms} (Licence of the footage: {one.name}; read in {one.source}.)" for one in known]
     before, mark, _ = body.partition("## Licence\n")
-    body = f"{before}{mark}\n{said}\n" if mark else f"{body.rstrip()}\n\n## Licence\n\n{said}\n"
-    return joined(front, body)
+    head = f"{before}{mark}" if mark else f"{body.rstrip()}\n\n## Licence\n"
+    return joined(front, head + "\n" + "\n\n".join(said) + "\n")
 
 
 def parts_of(text: str) -> dict[str, str]:
@@ -232,10 +231,17 @@ def with_part(repository: str | None, part: str, text: str) -> str:
     """
     front, body = parted(text)
     before = parted(repository)[0] if repository else {}
-    own = [config for config in front.get("configs") or () if isinstance(config, dict)]
-    files = own[0].get("data_files") if own else "**"
-    others = [c for c in before.get("configs") or () if isinstance(c, dict) and c.get("config_name") != part]
-    configs = [*others, {"config_name": part, "data_files": f"{part}/{files}"}]
+    others = [
+        c
+        for c in before.get("configs") or ()
+        if isinstance(c, dict) and str(c.get("config_name")).partition(".")[0] != part
+    ]
+    own = [c for c in front.get("configs") or () if isinstance(c, dict)]
+    own = own or [{"config_name": "default", "data_files": "**"}]
+    for config in own:  # of a dataset that has several itself: part.name
+        name = part if len(own) == 1 else f"{part}.{config.get('config_name')}"
+        others.append({**config, "config_name": name, "data_files": _below(part, config.get("data_files"))})
+    configs = others
     rows = parts_of(repository or "")
     licences = {str(before["license"]), str(front["license"])} if rows and "license" in before else set()
     tags = [*dict.fromkeys([*(before.get("tags") or ()), *(front.get("tags") or ())])]
@@ -263,6 +269,15 @@ def with_part(repository: str | None, part: str, text: str) -> str:
         "",
     ]
     return joined(head, "\n".join(lines))
+
+
+def _below(part: str, files: Any) -> Any:
+    """The ``data_files`` of a configuration, one folder further down."""
+    if isinstance(files, list):
+        return [_below(part, one) for one in files]
+    if isinstance(files, dict):
+        return {k: _below(part, v) if k == "path" else v for k, v in files.items()}
+    return f"{part}/{files}" if isinstance(files, str) else f"{part}/**"
 
 
 def _warnings(facts: Facts) -> list[str]:

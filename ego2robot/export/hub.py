@@ -19,6 +19,7 @@ from ego2robot.progress import Progress, Show, Tell
 PROVENANCE = ("meta/ego2robot.json", "ego2robot.json")  # by the form of the dataset
 # Said last, so that a dataset that is only half there is not taken for one.
 DESCRIBING = ("README.md", "meta/info.json", *PROVENANCE)
+LOCK = ".lock"  # an exporter's own; empty
 BATCH = 100  # files of a commit, where the hub is not asked by its own large-folder upload
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,63}")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}")
@@ -50,14 +51,14 @@ class Checked:
         files: relative paths, sorted.
         bytes: of all of them.
         licence: as the hub spells it.
-        kind: of source; empty where the dataset does not say.
+        kinds: of the sources, as the dataset says.
     """
 
     folder: Path
     files: tuple[str, ...]
     bytes: int
     licence: str
-    kind: str
+    kinds: tuple[str, ...]
 
 
 # -- before anything is sent ------------------------------------------------------------------------
@@ -80,10 +81,18 @@ def inspect(folder: Path, licence: str | None = None, permitted: bool = False) -
     front, body = card.parted((folder / "README.md").read_text(encoding="utf-8"))
     if card.EMPTY in body:
         raise UserError(f"{folder}: the dataset is empty; there is nothing to publish")
-    source = provenance.get("config", {})
-    kind = str((source.get("source") or {}).get("kind") or "") if isinstance(source, dict) else ""
+    kinds = tuple(_kinds(provenance))
     size = sum((folder / name).stat().st_size for name in files)
-    return Checked(folder, files, size, _licence(folder, kind, front, licence, permitted), kind)
+    return Checked(folder, files, size, _licence(folder, kinds, front, licence, permitted), kinds)
+
+
+def _kinds(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """The kinds of source that a dataset is made of: one, or those of its parts."""
+    sources, settings = provenance.get("sources"), provenance.get("config")
+    if isinstance(sources, list):
+        yield from (str(kind) for kind in sources)
+    elif isinstance(settings, dict) and isinstance(settings.get("source"), dict):
+        yield str(settings["source"].get("kind"))
 
 
 def _provenance(folder: Path) -> Mapping[str, Any]:
@@ -110,23 +119,33 @@ def _files(folder: Path) -> Iterator[str]:
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink():
                 raise UserError(f"{path}: a link; only what lies in the dataset itself is published")
+            if name == LOCK:
+                continue
             if name.startswith("."):
                 raise UserError(f"{path}: does not belong to the dataset; take it away, then push again")
             if name in names:
                 yield relative
 
 
-def _licence(folder: Path, kind: str, front: Mapping[str, Any], said: str | None, permitted: bool) -> str:
-    known = LICENCES.get(kind)
+def _licence(
+    folder: Path, kinds: Sequence[str], front: Mapping[str, Any], said: str | None, permitted: bool
+) -> str:
     written = str(front.get("license") or "other").lower()
     asked = said.lower() if said else None
     if asked and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]{0,63}", asked):
         raise UserError(f"--license {said}: should be a name that the hub knows, such as cc-by-4.0 or other")
-    if known and not known.derivatives and not permitted:
-        raise UserError(
-            f"{folder}: made of {kind}, whose licence ({known.name}) does not allow what is made of it to be "
-            f"published ({known.source}); with the owner's permission add --i-have-permission"
-        )
+    for kind in kinds:
+        known = LICENCES.get(kind)
+        if known and not known.derivatives and not permitted:
+            raise UserError(
+                f"{folder}: made of {kind}, whose licence ({known.name}) does not allow what is made of it "
+                f"to be published ({known.source}); with the owner's permission add --i-have-permission"
+            )
+        if known and asked and asked != known.identifier and not permitted:
+            raise UserError(
+                f"--license {said}: the footage of {kind} is under {known.name}; leave --license out, or add "
+                "--i-have-permission if its owner gave you another one"
+            )
     identifiers = [name for name in (asked, written if written != "other" else None) if name]
     for identifier in identifiers:
         if forbids_derivatives(identifier) and not permitted:
@@ -134,18 +153,17 @@ def _licence(folder: Path, kind: str, front: Mapping[str, Any], said: str | None
                 f"{folder}: its licence ({identifier}) does not allow derivatives to be published; with the "
                 "owner's permission add --i-have-permission"
             )
-    if known and asked and asked != known.identifier and not permitted:
-        raise UserError(
-            f"--license {said}: the footage of {kind} is under {known.name}; leave --license out, or add "
-            "--i-have-permission if its owner gave you another one"
-        )
-    found = asked or (identifiers[0] if identifiers else known.identifier if known else None)
-    if found is None:
-        raise UserError(
-            f"{folder}: nothing says under which licence its footage is; ask whoever recorded it, then add "
-            "--license, such as --license cc-by-4.0"
-        )
-    return found
+    if identifiers:
+        return identifiers[0]
+    found = {LICENCES[kind].identifier if kind in LICENCES else None for kind in kinds}
+    if len(found) == 1 and (only := found.pop()) is not None:
+        return only
+    if found and None not in found:
+        return "other"  # several, each known: the card has them all
+    raise UserError(
+        f"{folder}: nothing says under which licence its footage is; ask whoever recorded it, then add "
+        "--license, such as --license cc-by-4.0"
+    )
 
 
 def read_token(file: Path | None) -> str:
@@ -233,7 +251,7 @@ def _push(
     if part is not None and there.intersection(PROVENANCE):
         raise UserError(f"{repo}: holds one dataset without a part's name; choose another repository")
     own = (checked.folder / "README.md").read_text(encoding="utf-8")
-    text = card.published(own, checked.licence, LICENCES.get(checked.kind))
+    text = card.published(own, checked.licence, [LICENCES[k] for k in checked.kinds if k in LICENCES])
     last: list[Any] = [_add(hub, prefix + "README.md", text.encode())]
     if part is not None:
         last.append(_add(hub, "README.md", card.with_part(old_card, part, text).encode()))
@@ -265,7 +283,7 @@ def _send(
             path_in_repo=part,
             repo_type="dataset",
             commit_message=message,
-            ignore_patterns=list(DESCRIBING),
+            ignore_patterns=[*DESCRIBING, f"*{LOCK}"],
         )
         return
     prefix = f"{part}/" if part else ""
