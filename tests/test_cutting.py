@@ -71,7 +71,7 @@ def test_bad_spans_are_counted_by_cause_in_one_line_each():
     ]
     clips, problems = cut(spans)
     assert times(clips) == [(30, 36), (176, 180)]
-    causes = {p.cause.partition(" annotated spans ")[2]: p.cause.split()[0] for p in problems}
+    causes = {p.cause.partition(" annotated spans are ")[2]: p.cause.split()[0] for p in problems}
     assert causes == {
         "empty or reversed, the first 5 to 5 s": "2",
         "outside the video (0 to 180.00 s), the first 200 to 210 s": "1003",

@@ -147,7 +147,7 @@ def _refusal(span: Span, duration_s: float) -> str | None:
 def _problem(name: str, cause: str, times: Sequence[str], n: int) -> VideoError:
     if not times:
         return VideoError(name, cause, "use clips.policy=windows or whole for it", "metadata")
-    text = f"{len(times)} of {n} annotated spans {cause}, the first {times[0]}"
+    text = f"{len(times)} of {n} annotated spans are {cause}, the first {times[0]}"
     return VideoError(name, text, "left out", "metadata")
 
 
