@@ -109,5 +109,7 @@ camera's. NaN: not known. Other sources: their own actions, or none.
 `quality_label` is `successful` throughout: nobody judged it. `preference_group_id`, `preference_rank` and
 `partial_success` are empty. RFM's `lang_vector` is not here; it is an embedding of `task`.
 
-Licence of the recordings: {license_ or "not known to the exporter; see their source"}.
+## Licence
+
+Of the recordings: {license_ or "not known to the exporter; see their source"}.
 """
