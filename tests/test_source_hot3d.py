@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -52,6 +53,7 @@ def opened(monkeypatch):
         return Recording()
 
     monkeypatch.setattr(vrs, "open_vrs", open_vrs)
+    monkeypatch.setattr(vrs, "camera_reader", lambda: contextlib.nullcontext(vrs.read_camera))
     hot3d._clocks.cache_clear()
     yield Recording
     monkeypatch.setattr(Recording, "timecode", True)

@@ -16,7 +16,8 @@ import importlib.util
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from ego2robot.blobs import open_blob
+from ego2robot.decode.aside import Aside
 from ego2robot.errors import VideoError
 from ego2robot.fisheye624 import CLOCKWISE, Fisheye624, camera_of, describe
 from ego2robot.types import Blob
@@ -36,6 +38,7 @@ HEADER = struct.Struct("<8sQIIqqq")
 RECORD = struct.Struct("<IIiIdHBBI")
 INFO_BYTES, SIZE_AT = 19, 8  # of an entry of the index, and where in it the size of its record stands
 COMPRESSION = {1: "lz4", 2: "zstd"}
+TIMEOUT_S = 120.0  # to open one recording; its index is read
 REDO = "re-download the file"
 # What the package raises of damaged files: its own errors, texts that are no UTF-8, sizes beyond reason.
 DAMAGE = (RuntimeError, ValueError, IndexError, OverflowError, MemoryError)
@@ -93,6 +96,20 @@ def open_vrs(name: str, blob: Blob) -> VRS:
             return VRS(name, path)
     except DAMAGE as error:
         raise VideoError(name, f"damaged VRS ({_line(error)})", REDO, "corrupt") from None
+
+
+def read_camera(name: str, blob: Blob) -> dict[str, object] | None:
+    """:meth:`VRS.camera` of a recording. Raises VideoError as :func:`open_vrs`."""
+    recording = open_vrs(name, blob)
+    try:
+        return recording.camera()
+    finally:
+        recording.close()
+
+
+def camera_reader() -> AbstractContextManager[Callable[[str, Blob], dict[str, object] | None]]:
+    """:func:`read_camera` in a process of its own: some damaged files crash the package."""
+    return Aside(read_camera, TIMEOUT_S)
 
 
 def expected_size(file: BinaryIO) -> int | None:

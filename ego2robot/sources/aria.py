@@ -66,18 +66,18 @@ class Aria(Source):
     ) -> Iterator[Candidate | VideoError]:
         if lacking := vrs.missing():
             raise UserError(f"source.kind=aria: {lacking}")
-        for file in find_files(path, RECORDINGS, skip, "VRS recordings"):
-            name = display_name(file, path)
-            try:
-                blob = file_blob(file)
-                recording = vrs.open_vrs(name, blob)
-            except VideoError as error:
-                yield error
-                continue
-            camera = recording.camera()
-            recording.close()
-            meta = {} if camera is None else {"intrinsics": json.dumps(camera, separators=(",", ":"))}
-            yield Candidate(name, blob, meta, _lacking(name, file, camera is not None))
+        files = find_files(path, RECORDINGS, skip, "VRS recordings")
+        with vrs.camera_reader() as camera_of:
+            for file in files:
+                name = display_name(file, path)
+                try:
+                    blob = file_blob(file)
+                    camera = camera_of(name, blob)
+                except VideoError as error:
+                    yield error
+                    continue
+                meta = {} if camera is None else {"intrinsics": json.dumps(camera, separators=(",", ":"))}
+                yield Candidate(name, blob, meta, _lacking(name, file, camera is not None))
 
     def trajectory(
         self, video: Video, times_s: np.ndarray, options: config.Source = DEFAULTS

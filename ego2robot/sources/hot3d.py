@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,14 @@ class HOT3D(Source):
         if not folders and not clips:
             wanted = f"folders with {RECORDING}, or clip-….tar of HOT3D-Clips"
             raise UserError(f"source.path={path}: no HOT3D there; give {wanted}")
-        for folder in sorted(folders):
-            name = display_name(folder / RECORDING, path)
-            if folder in recordings:
-                yield _recording(name, folder)
-            else:
-                cause = f"no {RECORDING} beside {HEADSET}"
-                yield VideoError(name, cause, "fetch the recording too", "missing")
+        with vrs.camera_reader() as camera_of:
+            for folder in sorted(folders):
+                name = display_name(folder / RECORDING, path)
+                if folder in recordings:
+                    yield _recording(name, folder, camera_of)
+                else:
+                    cause = f"no {RECORDING} beside {HEADSET}"
+                    yield VideoError(name, cause, "fetch the recording too", "missing")
         for file in clips:
             yield _clip(display_name(file, path), file)
 
@@ -149,7 +150,9 @@ def _at(times: np.ndarray, values: np.ndarray, at_ns: np.ndarray) -> np.ndarray:
 # -- the full dataset -----------------------------------------------------------------------------
 
 
-def _recording(name: str, folder: Path) -> Candidate | VideoError:
+def _recording(
+    name: str, folder: Path, camera_of: Callable[[str, Blob], dict[str, object] | None]
+) -> Candidate | VideoError:
     wrong: list[str] = []
     about: Any = {}
     try:
@@ -162,11 +165,9 @@ def _recording(name: str, folder: Path) -> Candidate | VideoError:
         return VideoError(name, cause, "use its clips of HOT3D-Clips", "unsupported")
     try:
         blob = file_blob(folder / RECORDING)
-        opened = vrs.open_vrs(name, blob)
+        camera = camera_of(name, blob)
     except VideoError as error:
         return error
-    camera = opened.camera()
-    opened.close()
     meta = {
         key: storable(str(about[key]))
         for key in ("participant_id", "recording_name", "headset")
