@@ -24,7 +24,7 @@ from ego2robot.sources.base import DEFAULTS, identity
 from ego2robot.store import atomic, schema
 from ego2robot.store.ledger import Record
 from ego2robot.store.rundir import RunDir
-from ego2robot.store.units import ROW_GROUP, VIDEOS, n_videos, units_table
+from ego2robot.store.units import CLIP_S, ROW_GROUP, VIDEOS, clip_s, n_videos, units_table
 from ego2robot.types import Blob, Span, Unit, Video
 
 __all__ = ["Planned", "Probed", "clips_of", "plan", "probed", "probing", "require_units", "units_of"]
@@ -154,8 +154,9 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None, add: bool =
 
 def _store(run: RunDir, table: pa.Table) -> None:
     if table.num_rows:  # with nothing to do the next start looks again: the source may have been mended
-        videos = {VIDEOS: str(n_videos(table)).encode()}
-        atomic.write_parquet(run.plan_path, table.replace_schema_metadata(videos), ROW_GROUP)
+        stride_s = clip_s(table, run.config.clips)
+        about = {VIDEOS: str(n_videos(table)).encode(), CLIP_S: repr(stride_s).encode()}
+        atomic.write_parquet(run.plan_path, table.replace_schema_metadata(about), ROW_GROUP)
 
 
 def _commit_problems(run: RunDir, problems: Sequence[VideoError]) -> None:

@@ -91,11 +91,12 @@ def status(run: RunDir) -> Status:
     """Reads the plan, the ledger and the last metrics of the workers; no rows."""
     videos = units = units_done = clips = clips_done = 0
     decisions = run.counts("clips")
+    clip_s = run.config.clips.stride_s
     if run.planned:
         plan = StoredPlan(run.plan_path)
         units, units_done = len(plan), sum(len(record.units) for record in run.records())
         clips, clips_done = int(plan.n_clips.sum()), sum(decisions.values())
-        videos = plan.videos()
+        videos, clip_s = plan.videos(), plan.clip_s(clip_s)
     found = workers(run)
     rates = [worker.clips_per_s for worker in found if worker.clips_per_s]
     rate = sum(rates) if rates else None
@@ -119,7 +120,7 @@ def status(run: RunDir) -> Status:
         dropped=decisions.get("dropped", 0),
         failed=decisions.get("failed", 0),
         clips_per_s=rate,
-        video_hours_per_hour=rate * run.config.clips.stride_s if rate else None,
+        video_hours_per_hour=rate * clip_s if rate else None,
         eta_s=(clips - clips_done) / rate if rate and clips > clips_done else None,
         stalls=_together([worker.stalls for worker in found]),
         refused=run.counts("quarantine"),

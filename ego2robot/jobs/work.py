@@ -482,6 +482,7 @@ class Meter:
         self._pending = self._pending_kept = 0  # of those, not in the ledger yet
         self._records = self._kept_recorded = 0
         self._video_s = 0.0
+        self._clip_s = plan.clip_s(run.config.clips.stride_s)
         self._before = self._done()
         self._began = self._shown = self._written = time.monotonic()
         self._published = -1e9
@@ -493,8 +494,7 @@ class Meter:
         self._pending += sign
         self._kept += kept
         self._pending_kept += kept
-        # The source video that a clip stands for: from its start to the next one's.
-        self._video_s += sign * self._run.config.clips.stride_s
+        self._video_s += sign * self._clip_s
 
     def settled(self, unit: PendingUnit) -> None:
         """A unit is in the ledger, by this worker or another."""
@@ -529,7 +529,7 @@ class Meter:
             self._shown = now
             done = min(self.total, self._done() + self._pending)
             rate = (done - self._before) / elapsed
-            video_rate = rate * self._run.config.clips.stride_s
+            video_rate = rate * self._clip_s
             eta = (self.total - done) / rate if rate > 0 else None
             self._show(Progress("curating", done, self.total, self._kept_so_far(), rate, video_rate, eta))
         if force or now - self._written >= METRICS_S:

@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ego2robot import config
 from ego2robot.store import schema
 from ego2robot.types import Blob, Clip, Unit, Video, VideoInfo, clip_id
 
 ROW_GROUP = 4096  # units; what is read to get one
 GROUPS_KEPT = 4
 VIDEOS = b"videos"  # in a plan's metadata: how many
+CLIP_S = b"clip_s"  # in a plan's metadata: seconds of its videos that a clip stands for
 
 
 def units_table(units: Sequence[Unit]) -> pa.Table:
@@ -108,6 +110,11 @@ class StoredPlan:
         told = (self._file.metadata.metadata or {}).get(VIDEOS)
         return int(told) if told else n_videos(pq.read_table(self._path, columns=["video_id"]))
 
+    def clip_s(self, default: float) -> float:
+        """Seconds of its videos that a clip stands for, ``default`` where the plan does not say."""
+        told = (self._file.metadata.metadata or {}).get(CLIP_S)
+        return float(told) if told else default
+
     def index(self, unit_id: str) -> int:
         """Raises KeyError for a unit of another plan."""
         at = int(np.searchsorted(self._sorted, np.bytes_(unit_id.encode())))
@@ -130,6 +137,16 @@ class StoredPlan:
             self._groups[group] = self._file.read_row_group(group)
         (row,) = self._groups[group].slice(index - int(self._starts[group]), 1).to_pylist()
         return _unit(row)
+
+
+def clip_s(table: pa.Table, clips: config.Clips) -> float:
+    """Seconds of video that a clip of a plan stands for: from a window's start to the next one's; of spans
+    and whole videos their mean length."""
+    annotated = clips.policy == "auto" and table["clip_meta"].null_count < len(table)
+    if clips.policy == "windows" or (clips.policy == "auto" and not annotated):
+        return clips.stride_s
+    frames = pc.list_flatten(table["length"])
+    return float(pc.mean(frames).as_py()) / clips.sample_fps
 
 
 def n_videos(table: pa.Table) -> int:
