@@ -23,6 +23,7 @@ from common import RESULTS, Part, run_part, write_result
 from ego2robot import config
 from ego2robot.jobs import plan as planning
 from ego2robot.jobs.claims import Board, Presence, Terms
+from ego2robot.jobs.cutting import clips_of, units_of
 from ego2robot.jobs.simulate import fleet, heavy_tailed, simulate
 from ego2robot.jobs.status import status
 from ego2robot.store import atomic, schema
@@ -56,8 +57,9 @@ def planning_part(quick: bool) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     lengths = np.clip(draw.lognormal(np.log(180), 0.3, n), 20, 3000)
     problems: list[Any] = []
+    clips = config.Clips()
     began = time.process_time()
-    rows = planning._Rows(config.Clips(), problems)
+    rows = planning._Rows(problems)
     for i, length in enumerate(lengths.tolist()):
         info = VideoInfo(1920, 1080, 0, 30.0, length, 0.0, round(30 * length), "hevc", "yuv420p", 8)
         blob = Blob(
@@ -67,11 +69,10 @@ def planning_part(quick: bool) -> dict[str, Any]:
             False,
         )
         meta = {"factory_id": "factory_001", "worker_id": f"worker_{i // 1000:03}", "video_index": str(i)}
-        rows.add(
-            Video(
-                short_id("video", i), f"part{i // 60:05}.tar::{i:08}.mp4", "egocentric10k", blob, meta, info
-            )
-        )
+        name = f"part{i // 60:05}.tar::{i:08}.mp4"
+        video = Video(short_id("video", i), name, "egocentric10k", blob, meta, info)
+        # Cut in this process; a run's probing children do it.
+        rows.add(planning.Probed(video, tuple(units_of(video, clips_of(video.video_id, info, clips)))))
     table, added = planning._merged(None, rows.table(), problems)
     with tempfile.TemporaryDirectory() as folder:
         atomic.write_parquet(Path(folder) / "units.parquet", table, ROW_GROUP)
