@@ -165,9 +165,11 @@ def vrs_bytes(front, compression=0, n_records=300):
     return header + (index + records if front else records + index)
 
 
-@pytest.mark.parametrize(("front", "compression"), [(True, 0), (True, 1), (True, 2), (False, 0)])
-def test_how_long_a_vrs_should_be_is_known_from_its_index(tmp_path, front, compression):
-    whole = vrs_bytes(front, compression)
+@pytest.mark.parametrize(
+    ("front", "compression", "n"), [(True, 0, 300), (True, 1, 300), (True, 2, 70_000), (False, 0, 300)]
+)
+def test_how_long_a_vrs_should_be_is_known_from_its_index(tmp_path, front, compression, n):
+    whole = vrs_bytes(front, compression, n)
     for data, complete in ((whole, True), (whole[:-1], False), (whole[: len(whole) // 2], False),
                            (whole[:200], False), (whole[:30], False)):  # fmt: skip
         (tmp_path / "a.vrs").write_bytes(data)
@@ -176,12 +178,16 @@ def test_how_long_a_vrs_should_be_is_known_from_its_index(tmp_path, front, compr
         assert (expected == len(whole)) if complete else (expected > len(data))
 
 
-def test_an_index_that_makes_no_sense_says_nothing(tmp_path):
-    whole = bytearray(vrs_bytes(True, 2))
-    whole[150:400] = bytes(250)
-    (tmp_path / "a.vrs").write_bytes(whole)
-    with (tmp_path / "a.vrs").open("rb") as file:
-        assert vrs.expected_size(file) is None
+def test_an_index_that_makes_no_sense_says_nothing_or_that_bytes_are_missing(tmp_path):
+    whole = vrs_bytes(True, 2)
+    rng = np.random.default_rng(0)
+    damages = [(150, bytes(250)), (80, b"\x10\0\0\0"), (24, b"\xff" * 7 + b"\x7f"), (24, b"\xff" * 8)]
+    damages += [(int(rng.integers(8, 300)), rng.bytes(8)) for _ in range(100)]
+    for at, data in damages:
+        (tmp_path / "a.vrs").write_bytes(whole[:at] + data + whole[at + len(data) :])
+        with (tmp_path / "a.vrs").open("rb") as file:
+            expected = vrs.expected_size(file)
+        assert expected is None or expected > 0
 
 
 def test_without_the_package_a_recording_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):

@@ -117,24 +117,29 @@ def expected_size(file: BinaryIO) -> int | None:
 
     A file whose recording ended before its index was written says nothing: what it holds is used.
     """
+    size = file.seek(0, 2)
     file.seek(0)
     head = file.read(HEADER.size)
     if len(head) < HEADER.size:
         return HEADER.size
     _, _, header_bytes, record_bytes, index, _, first = HEADER.unpack(head)
-    if index <= 0 or record_bytes != RECORD.size or header_bytes < HEADER.size:
+    if index <= 0 or first <= 0 or record_bytes != RECORD.size or header_bytes < HEADER.size:
         return None
+    if index + RECORD.size > size:
+        return int(index) + RECORD.size
     file.seek(index)
     record = file.read(RECORD.size)
-    if len(record) < RECORD.size:
-        return int(index) + RECORD.size
     n_bytes, _, _, version, _, _, _, compression, _ = RECORD.unpack(record)
     end = int(index) + n_bytes
-    if index >= first > 0 or version != 2:  # the index is the last record, or one that is not known here
-        return end if index >= first > 0 else None
-    payload = file.read(n_bytes - RECORD.size)
-    if len(payload) < n_bytes - RECORD.size or len(payload) < 8:
+    if index >= first:  # the last record
         return end
+    if version != 2:
+        return None
+    if end > size:
+        return end
+    if n_bytes < RECORD.size + 8:
+        return None
+    payload = file.read(n_bytes - RECORD.size)
     streams = struct.unpack_from("<I", payload)[0]
     at = 4 + 6 * streams
     if at + 4 > len(payload):
