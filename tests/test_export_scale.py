@@ -103,6 +103,8 @@ def test_any_number_of_workers_and_shards_give_the_same_bytes(videos: list[Path]
     told: list[tuple[int, int]] = []
     export_lerobot(run, tmp_path / "shards", 50, codec="h264", progress=lambda *a: told.append(a))
     assert told == [(12, 12)], "what the shards have done is not done again"
+    again = export_lerobot_shard(run, tmp_path / "shards", 50, Shard(1, 3), codec="h264")
+    assert again == 0, "a shard that starts after the end does nothing again"
     expected = contents(tmp_path / "alone")
     assert sum(name.endswith(".mp4") for name in expected) == 6
     for other in ("three", "shards"):
@@ -242,9 +244,9 @@ def test_hands_keep_their_identity_across_units(
 
 def test_hands_are_followed_from_far_enough_back() -> None:
     rows = [{"video_id": "v", "first": 12 * i, "n_frames": 12} for i in range(100)]
-    gap = [{**row, "first": row["first"] + 1000 * (i >= 90)} for i, row in enumerate(rows)]
+    gap = [{**row, "first": row["first"] + 1000 * (i >= 95)} for i, row in enumerate(rows)]
     assert len(episode.warm_up(rows[:99], rows[99], FPS)) == episode.WARM_UP
-    assert episode.warm_up(gap[:99], gap[99], FPS) == gap[90:99]
+    assert episode.warm_up(gap[:99], gap[99], FPS) == gap[95:99]
     assert episode.warm_up(rows[:1], {**rows[1], "video_id": "w"}, FPS) == []
 
 

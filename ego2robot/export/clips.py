@@ -10,7 +10,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -25,10 +24,10 @@ from ego2robot.export.files import cut
 from ego2robot.export.footage import Begun, Footage, Row
 from ego2robot.export.lerobot import MIN_UNIT_S, SHARES
 from ego2robot.export.privacy import Privacy, Stripper
-from ego2robot.export.staging import FORMAT, Item, Staging, Task, check_target, unwritable
+from ego2robot.export.staging import Item, Staging, Task, check_target, key_of, unwritable
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
-from ego2robot.types import FrameSpec, short_id
+from ego2robot.types import FrameSpec
 
 Kind = Literal["webdataset", "parquet"]
 PROVENANCE = "ego2robot.json"
@@ -125,15 +124,12 @@ def prepare(
     spec = FrameSpec(frames.height, frames.width, frames.fit)
     choice = choose(run, top, True, only_representatives)
     order = Order(run.path.resolve(), out, "", kind, fps, spec, codec, hands, privacy.of_run(run))
-    how = asdict(video.CODECS[codec])
-    key = short_id(
-        kind, FORMAT, __version__, av.__version__, asdict(order), how, run.fingerprint,
-        config.to_dict(run.config), *choice.table["clip_id"].to_pylist(), *choice.table["task"].to_pylist(),
-    )  # fmt: skip
     lengths = choice.table["n_frames"].to_numpy()
     unit = min(max(int(lengths.sum()) / SHARES, MIN_UNIT_S * float(fps)), video.MAX_FILE_S * float(fps))
     units = cut(lengths, unit)
     starts = [i for i in range(len(units)) if i == 0 or units[i] != units[i - 1]]
+    decides = {**asdict(order), "run": "", "out": "", "codec": asdict(video.CODECS[codec])}
+    key = key_of(run, kind, decides, choice.table, starts)
     return Prepared(replace(order, key=key), choice, starts, Staging(out, key))
 
 
@@ -292,6 +288,7 @@ def describe(
     provenance = {
         "made_by": "ego2robot",
         "version": __version__,
+        "key": order.key,
         "form": order.kind,
         "clips": n,
         "codec": order.codec,

@@ -23,7 +23,7 @@ Smooth = Literal["none", "action", "all"]
 STATE, ACTION, KNOWN = "observation.state", "action", "observation.known"
 SHARES = "shares of the picture's width and height"
 CONTINUES_S = 2.0  # clips of one video that are no further apart share their hands' identities
-WARM_UP = 32  # clips that are gone through again where a unit of work begins within a video
+WARM_UP = 8  # clips that are gone through again where a unit of work begins within a video
 MIN_KNOWN = 0.5  # share of a trajectory's values below which an episode is left out
 VIDEOS_ASKED = 20  # of a dataset, before it is taken to have no trajectories
 # MediaPipe's 21 hand landmarks, in its order.

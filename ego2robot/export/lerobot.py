@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import pyarrow as pa
 
 from ego2robot import __version__, config
@@ -30,11 +29,11 @@ from ego2robot.export.footage import Footage
 from ego2robot.export.lerobot_finish import Numbers, number, statistics, write_files
 from ego2robot.export.lerobot_format import DATA_PATH, PROVENANCE, VIDEO_PATH, features, tasks_table
 from ego2robot.export.lerobot_unit import Order, worker
-from ego2robot.export.staging import FORMAT, Staging, Tell, check_target, remove_leftovers, work_off
+from ego2robot.export.staging import Staging, Tell, check_target, key_of, remove_leftovers, work_off
 from ego2robot.jobs.claims import Shard
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
-from ego2robot.types import FrameSpec, short_id
+from ego2robot.types import FrameSpec
 
 Schema = Literal["auto", "hands", "reference", "native"]
 SCHEMAS: tuple[Schema, ...] = ("auto", "hands", "reference", "native")
@@ -42,7 +41,7 @@ CodecName = Literal["av1", "h264"]
 
 # A dataset is cut into units of work of equal length, each a video file: so many that as many processes have
 # something to do, but none shorter than it takes to make a process worth its start.
-SHARES, MIN_UNIT_S = 64, 30.0
+SHARES, MIN_UNIT_S = 64, 18.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,8 @@ def export_lerobot_shard(
     """
     export = _prepare(run, out, top, schema, codec, action, smooth, limits or Limits(), only_representatives)
     staging, order = Staging(export.order.out, export.order.key), export.order
+    if staging.published(PROVENANCE):
+        return 0
     with staging.held(shared=True):
         staging.plan(export.choice.table, export.starts)
         timeout_s = run.config.decode.timeout_s
@@ -186,15 +187,11 @@ def _prepare(
     order = Order(
         run.path.resolve(), out, "", fps, spec, layout, codec, action, smooth, limits, privacy.of_run(run)
     )
-    decides = {**asdict(order), "run": str(order.run), "out": str(out), "codec": asdict(video.CODECS[codec])}
-    key = short_id(
-        "lerobot", FORMAT, __version__, av.__version__, decides, run.fingerprint, config.to_dict(run.config),
-        *table["clip_id"].to_pylist(), *table["task"].to_pylist(),
-    )  # fmt: skip
     lengths = table["n_frames"].to_numpy()
     files = cut(lengths, unit_frames(int(lengths.sum()), fps, spec, limits))
     starts = [i for i in range(len(files)) if i == 0 or files[i] != files[i - 1]]
-    return _Export(replace(order, key=key), choice, starts)
+    decides = {**asdict(order), "run": "", "out": "", "codec": asdict(video.CODECS[codec])}
+    return _Export(replace(order, key=key_of(run, "lerobot", decides, table, starts)), choice, starts)
 
 
 def unit_frames(total: int, fps: int, spec: FrameSpec, limits: Limits) -> int:
@@ -278,6 +275,7 @@ def _describe(
     provenance = {
         "made_by": "ego2robot",
         "version": __version__,
+        "key": order.key,
         "schema": layout.schema,
         "codec": order.codec,
         "action": order.action,

@@ -22,14 +22,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import av
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ego2robot import __version__, config
 from ego2robot.errors import UserError, VideoError
 from ego2robot.jobs.claims import Shard
 from ego2robot.jobs.pool import Pool, Work
 from ego2robot.store import atomic
+from ego2robot.store.rundir import RunDir
+from ego2robot.types import short_id
 
 FORMAT = "1"  # of a staging folder; another one is not gone on with
 CRASHES = 2  # of the decoder on one video, before it is left out
@@ -147,6 +151,13 @@ class Staging:
         except OSError as error:
             raise unwritable(self.out, error) from None
 
+    def published(self, provenance: str) -> bool:
+        """Whether the dataset that is in place is this one; ``provenance`` is its file that holds the key."""
+        try:
+            return bool(json.loads((self.out / provenance).read_bytes())["key"] == self.key)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def publish(self) -> None:
         """Puts the finished dataset in place; an earlier one is there until the new one is."""
         remove_leftovers(self.out)
@@ -165,6 +176,24 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
         for other in _others(self.out, ".partial-"):
             _remove_if_free(other)
+
+
+def key_of(
+    run: RunDir, form: str, decides: Mapping[str, Any], chosen: pa.Table, starts: Sequence[int]
+) -> str:
+    """Names an export by everything that decides what comes out, but for places: 16 hex digits.
+
+    Args:
+        decides: what was asked for.
+        chosen: the chosen clips.
+        starts: rows of them at which a unit of work begins.
+    """
+    tree = config.to_dict(run.config)
+    tree["run_dir"] = tree["export"]["path"] = tree["source"]["path"] = ""
+    return short_id(
+        form, FORMAT, __version__, av.__version__, decides, run.fingerprint, tree, *starts,
+        *chosen["clip_id"].to_pylist(), *chosen["task"].to_pylist(),
+    )  # fmt: skip
 
 
 def check_target(out: Path, own: str) -> None:

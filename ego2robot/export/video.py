@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from ego2robot.errors import UserError
 from ego2robot.export.files import Limits
@@ -79,7 +79,7 @@ def encode_episode(frames_THWC: np.ndarray, fps: Fraction | int, codec: Codec, g
     # SVT-AV1 writes a banner to stderr, past any logging of ours; 1: errors only.
     os.environ.setdefault("SVT_LOG", "1")
     _, height, width, _ = frames_THWC.shape
-    buffer = io.BytesIO()
+    buffer, convert = io.BytesIO(), VideoReformatter()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream(codec.encoder, rate=fps, options=dict(codec.options))
         stream.width, stream.height, stream.pix_fmt = width, height, PIX_FMT
@@ -88,9 +88,10 @@ def encode_episode(frames_THWC: np.ndarray, fps: Fraction | int, codec: Codec, g
         context.time_base = 1 / Fraction(fps)
         context.colorspace, context.color_range = int(Colorspace.ITU601), int(ColorRange.MPEG)
         for k, picture in enumerate(frames_THWC):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
-                format=PIX_FMT, dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
-            )
+            frame = convert.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
+                format=PIX_FMT, dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG, threads=1,
+            )  # fmt: skip
             frame.pts, frame.time_base = k, 1 / Fraction(fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
