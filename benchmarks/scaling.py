@@ -1,8 +1,9 @@
 """What does it cost to share a run among many workers, and does that grow with the run or the workers?
 
-Four questions, a process each: planning as many videos as Egocentric-10K has (besides probing
-them); `status` over a ledger of 1.2 million units; claims and commits on this machine's file system; and the
-simulation of the real scheduling code (jobs/simulate.py): 1 to 512 workers of unequal speed, unequal units.
+Five questions, a process each: planning as many videos as Egocentric-10K has (besides probing them);
+`status` over a ledger of 1.2 million units; `verify` over as many clips, vectors and landmarks included;
+claims and commits on this machine's file system; and the simulation of the real scheduling code
+(jobs/simulate.py): 1 to 512 workers of unequal speed, unequal units.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from common import RESULTS, Part, run_part, write_result
 
 from ego2robot import config
@@ -26,12 +28,13 @@ from ego2robot.jobs.claims import Board, Presence, Terms
 from ego2robot.jobs.cutting import clips_of, units_of
 from ego2robot.jobs.simulate import fleet, heavy_tailed, simulate
 from ego2robot.jobs.status import status
+from ego2robot.jobs.verify import verify
 from ego2robot.store import atomic, schema
 from ego2robot.store.ledger import Ledger, Record
 from ego2robot.store.rundir import RunDir
 from ego2robot.store.shared import SharedFolder, SystemClock
 from ego2robot.store.units import ROW_GROUP, VIDEOS
-from ego2robot.types import Blob, Video, VideoInfo, short_id
+from ego2robot.types import Blob, Video, VideoInfo, clip_id, short_id
 
 N_VIDEOS = 192_900  # of Egocentric-10K
 UNITS = 1_200_000
@@ -143,6 +146,102 @@ def status_part(quick: bool) -> dict[str, Any]:
     return {"by_units": found, "peak_MiB": peak_MiB()}
 
 
+CLIPS_A_UNIT, KEPT_SHARE, HANDS_A_CLIP, DIM = 10, 0.1, 12, 768
+
+
+def verify_part(quick: bool) -> dict[str, Any]:
+    """`verify` over a run in which nothing is wrong, and over the same run with one damaged file."""
+    n_clips = UNITS // (100 if quick else 1)
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        run = RunDir.create_or_resume(path, config.load("folder", ["source.path=x"]), {})
+        table = clips_plan(n_clips // CLIPS_A_UNIT)
+        atomic.write_parquet(run.plan_path, table, ROW_GROUP)
+        ledger = Ledger(Hasty(path / "ledger"))
+        for at in range(0, table.num_rows, UNITS_A_COMMIT):
+            some = table.slice(at, UNITS_A_COMMIT)
+            units = tuple(some["unit_id"].to_pylist())
+            files = {}
+            for name, rows in rows_of_units(some, draw).items():
+                relative = f"{name}/part-{units[0]}.parquet"
+                (path / relative).parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(rows, path / relative, compression="zstd")
+                files[relative] = {"rows": rows.num_rows, "sha256": atomic.sha256(path / relative)}
+            ledger.append(Record(units[0], units, files, {"worker": "w"}))
+        stored = sum(f.stat().st_size for f in path.rglob("*.parquet"))
+        began, wall = time.process_time(), time.perf_counter()
+        found = verify(RunDir.open(path))
+        seconds = time.process_time() - began, time.perf_counter() - wall
+        assert found.ok, found.problems[:3]
+        assert found.planned == found.kept + found.dropped == n_clips
+        victim = next((path / "embeddings" / "videomae").glob("*.parquet"))
+        victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+        damaged = verify(RunDir.open(path))
+        assert len(damaged.problems) == 1, damaged.problems[:3]
+        assert set(damaged.broken) == {victim.stem.removeprefix("part-")}
+    return {
+        "clips": n_clips,
+        "rows": found.rows,
+        "files": found.files,
+        "read_MB": round(stored / 1e6),
+        "cpu_seconds": round(seconds[0], 1),
+        "wall_seconds": round(seconds[1], 1),
+        "peak_MiB": peak_MiB(),
+    }
+
+
+def clips_plan(n: int) -> pa.Table:
+    """A plan of ``n`` units of ten clips of 6 s, one every 30 s."""
+    table = plan_table(n)
+    of_clips = pa.array(CLIPS_A_UNIT * np.arange(n + 1, dtype=np.int32))
+    first = np.tile(180 * np.arange(CLIPS_A_UNIT), n)
+    length = np.full(n * CLIPS_A_UNIT, 36, np.int32)
+    for name, values in (("first", pa.array(first)), ("length", pa.array(length))):
+        column = pa.ListArray.from_arrays(of_clips, values)
+        table = table.set_column(schema.UNITS.get_field_index(name), schema.UNITS.field(name), column)
+    return table
+
+
+def rows_of_units(units: pa.Table, draw: np.random.Generator) -> dict[str, pa.Table]:
+    """What curating some units leaves: rows of clips, and vectors and landmarks of those that are kept."""
+    rows, kept = [], []
+    for video, firsts in zip(units["video_id"].to_pylist(), units["first"].to_pylist(), strict=True):
+        for first in firsts:
+            clip = clip_id(video, first, 36, 6.0)
+            chosen = draw.random() < KEPT_SHARE
+            kept += [clip] if chosen else []
+            rows.append(
+                {
+                    "clip_id": clip, "video_id": video, "source": "e10k", "name": "part.tar::x.mp4",
+                    "start_s": first / 6, "end_s": (first + 36) / 6, "n_frames": 36, "fps": 30.0,
+                    "width": 1920, "height": 1080, "codec": "hevc", "motion": 0.1,
+                    "hand_visibility": 1.0 if chosen else 0.0,
+                    "decision": "kept" if chosen else "dropped", "reason": None if chosen else "hands",
+                    "meta": [],
+                }
+            )  # fmt: skip
+    n = len(kept) * HANDS_A_CLIP
+
+    def vectors(rows: int, width: int, kind: type) -> pa.Array:
+        values = pa.array(draw.random(rows * width, np.float32).astype(kind))
+        return pa.FixedSizeListArray.from_arrays(values, width)
+
+    hands = {
+        "clip_id": np.repeat(kept, HANDS_A_CLIP), "frame": np.zeros(n, np.int32), "time_s": np.zeros(n),
+        "side": ["left"] * n, "score": np.ones(n, np.float32), "presence": np.ones(n, np.float32),
+        "box": vectors(n, 4, np.float32), "landmarks": vectors(n, 63, np.float32),
+        "world": vectors(n, 63, np.float32),
+    }  # fmt: skip
+    made_by = schema.embedding(DIM, "videomae", "x", False)
+    found = {
+        "clips": pa.Table.from_pylist(rows, schema=schema.CLIPS),
+        "embeddings/videomae": pa.table([kept, vectors(len(kept), DIM, np.float16)], schema=made_by),
+        "hands": pa.table([hands[name] for name in schema.HANDS.names], schema=schema.HANDS),
+    }
+    return {name: table for name, table in found.items() if table.num_rows}
+
+
 def files_part(quick: bool) -> dict[str, Any]:
     """Claims and commits of one worker on this machine's disk, at several sizes of the plan."""
     found = {}
@@ -205,6 +304,7 @@ def simulation_part(quick: bool) -> dict[str, Any]:
 PARTS = (
     Part("plan", "scaling", 900, "planning_part"),
     Part("status", "scaling", 900, "status_part"),
+    Part("verify", "scaling", 1800, "verify_part"),
     Part("files", "scaling", 900, "files_part"),
     Part("simulation", "scaling", 3600, "simulation_part"),
 )

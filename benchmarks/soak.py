@@ -143,12 +143,13 @@ def compare(kills: int, seed: int, scratch: Path | None = None) -> dict[str, Any
     """Both runs on the same footage. ``wrong`` is empty when they agree."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         source = Path(folder) / "videos"
-        make_videos(source, max(40, 12 * kills))
+        make_videos(source, max(150, 12 * kills))
         clean, killed = planned(source, Path(folder) / "clean"), planned(source, Path(folder) / "killed")
         began = time.monotonic()
         one_worker(clean.path)
-        # All lives together are to do about half of the work, however fast this machine is.
-        longest_s = max(0.3, 3 * (time.monotonic() - began) / kills)
+        # Many lives end before a first commit and many after some, however fast this machine is; all
+        # together are to do about half of the work.
+        longest_s = max(0.8, 4 * (time.monotonic() - began) / kills)
         found = soak(killed.path, kills, seed, longest_s)
         killed = RunDir.open(killed.path)
         verdict = verify(killed)

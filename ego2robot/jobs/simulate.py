@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ego2robot.jobs.claims import Board, Presence, Shard, Terms
+from ego2robot.jobs.work import CROWD
 from ego2robot.store.ledger import AlreadyCommitted, Ledger, Record
 
 
@@ -264,7 +265,7 @@ class _Run:
         self, world: World, workers: list[_Worker], real_s: np.ndarray, terms: Terms, commit_s: float
     ) -> None:
         self._world, self._workers, self._real_s, self._terms = world, workers, real_s, terms
-        self._commit_s = max(commit_s, len(workers) / 1.0)  # as jobs/work.py does
+        self._commit_s = commit_s * max(1.0, len(workers) / CROWD)  # as jobs/work.py does
         self._queue: list[tuple[float, int, int, Callable[[_Worker], None]]] = []
         self._serial = 0
         self._cpu_s = self._twice_s = self._last_s = 0.0

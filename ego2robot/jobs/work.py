@@ -37,7 +37,7 @@ from ego2robot.types import Blob, Unit
 
 COMMIT_CLIPS = 512  # a commit is due at so many, or after ``work.commit_s``: bounds loss and number of files
 # Everybody reads everybody's records: with many workers each commits less often, so that this stays small.
-COMMITS_PER_S = 1.0
+CROWD = 30  # live workers; where there are more, each commits less often, all together no more often
 METRICS_S, PROMETHEUS_S, IDLE_S, POLL_S, SETTLE_S = 2.0, 15.0, 0.5, 0.5, 10.0
 # What may be otherwise at the next try. Crashes and timeouts were tried twice by the pool already.
 TRANSIENT = frozenset(("missing", "io", "memory"))
@@ -417,7 +417,7 @@ class Committer:
     def tick(self) -> None:
         """Commits where it is due."""
         age = time.monotonic() - self._since
-        due = max(self._run.config.work.commit_s, self._presence.n_alive / COMMITS_PER_S)
+        due = self._run.config.work.commit_s * max(1.0, self._presence.n_alive / CROWD)
         if age >= due or sum(len(unit.clips) for unit in self._units) >= COMMIT_CLIPS:
             self.commit()
 
