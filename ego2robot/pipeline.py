@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from ego2robot import config, models
+from ego2robot import config, models, remote
 from ego2robot.errors import UserError
 from ego2robot.export.lerobot import ExportResult, export_lerobot
 from ego2robot.jobs import plan as planning
@@ -134,6 +134,7 @@ def repair(
 
 def _opened(cfg: config.Config, tell: Tell) -> tuple[RunDir, list[Embedder], PromptLabels | None]:
     config.check_together(cfg)
+    remote.configure(cfg.source.cache_gib)
     _device(cfg.device)
     # Where there are GPUs each has a process with models of its own; here only words are embedded.
     embedders, labels = load_embedders(cfg, "cpu", tell)
