@@ -8,7 +8,8 @@ from ego2robot.cameras import Fisheye, camera_of, undistorter
 from ego2robot.types import FrameSpec
 
 CAMERA = Fisheye(1920, 1080, 1030.5, 1031.0, 965.2, 538.7, (-0.0135, 0.0171, -0.0222, 0.0084))
-STRONG = Fisheye(456, 256, 120.0, 119.0, 228.3, 127.1, (0.08, -0.03, 0.012, 0.002))
+# The example of Egocentric-100K's dataset card.
+STRONG = Fisheye(456, 256, 137.98, 138.23, 232.17, 125.37, (0.3948, 0.1798, -0.2753, 0.0793))
 META = {
     "intrinsics": json.dumps(
         {
