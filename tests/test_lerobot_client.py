@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ego2robot.export import lerobot
 from ego2robot.export.files import Limits
 from ego2robot.export.lerobot import CodecName, Schema, export_lerobot
+from ego2robot.sources import SOURCES
 from ego2robot.store.units import units_from_table
 from ego2robot.types import Clip
 from tests.demo import hand_models_missing, run_demo
 from tests.footage import write_video
 from tests.test_export_lerobot import CONFIG, HEIGHT, WIDTH, make_run, source_frames
+from tests.test_export_scale import Measured
 
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("LEROBOT_PYTHON") or ROOT / ".venv-lerobot" / "bin" / "python")
@@ -78,6 +81,29 @@ def test_lerobot_reads_every_frame(
         np.save(tmp_path / "frames" / f"{clip_id}.npy", frames)
     said = open_with_lerobot(tmp_path / "out", tmp_path / "frames", "--backend", backend)
     assert f"6 episodes, {result.frames} frames all decoded ({backend})" in said
+
+
+def test_lerobot_reads_states_that_the_dataset_itself_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several units, one of whose clips cannot be read, and features with names and units of their own."""
+    source = Measured()
+    source.broken = "b.mp4"
+    monkeypatch.setitem(SOURCES, "folder", source)
+    monkeypatch.setattr(lerobot, "MIN_UNIT_S", 2.0)
+    paths = [
+        write_video(tmp_path / f"{name}.mp4", n_frames=n, width=WIDTH, height=HEIGHT)
+        for name, n in (("a", 120), ("b", 60), ("c", 125))
+    ]
+    run, units = make_run(tmp_path / "run", paths)
+    result = lerobot.export_lerobot(run, tmp_path / "out", 50, "native", "h264")
+    assert result.episodes == 4 and len(result.skipped) == 1
+    assert len(list((tmp_path / "out/videos").rglob("*.mp4"))) == 4
+    (tmp_path / "frames").mkdir()
+    for clip_id, frames in source_frames(run, units).items():
+        np.save(tmp_path / "frames" / f"{clip_id}.npy", frames)
+    said = open_with_lerobot(tmp_path / "out", tmp_path / "frames", "--backend", "pyav")
+    assert "4 episodes, 48 frames all decoded" in said
 
 
 @pytest.mark.skipif(bool(why := hand_models_missing()), reason=why or "hand models are here")
