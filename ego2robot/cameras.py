@@ -4,8 +4,8 @@ A ray at the angle θ from the optical axis meets the picture at a radius of ``f
 ``θ_d = θ (1 + k1 θ² + k2 θ⁴ + k3 θ⁶ + k4 θ⁸)``. Egocentric-10K and -100K give one such camera a worker.
 
 Undistorted pictures are those of a pinhole camera of the same focal length and centre: the middle keeps its
-scale, straight lines are straight, what lies far from the axis falls outside. Of Egocentric-100K's example of a
-camera, 131° × 86°, 118° × 85° are left.
+scale, straight lines are straight, what lies far from the axis falls outside. Egocentric-100K's example of a
+camera sees 131° × 86°; 118° × 85° are left.
 """
 
 from __future__ import annotations
