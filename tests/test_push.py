@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants as hub_constants
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from typer.testing import CliRunner
 
 from ego2robot import cli, config
@@ -116,6 +118,24 @@ def test_an_interrupted_push_goes_on_where_it_was(store: Hub, tmp_path: Path) ->
     assert len(store.uploads) == 3 and not store.repositories[REPO].files
     hub.push(hub.inspect(folder), REPO, TOKEN)
     assert len(store.uploads) == 3 and "README.md" in store.repositories[REPO].files
+
+
+def test_the_hubs_own_upload_of_large_folders_gets_the_same_files(
+    store: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Xet, which no stand-in speaks, the library streams the folder: what it is told is checked."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(hub, "_has_large_folder_upload", lambda: True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **told: asked.append(told))
+    folder = dataset(tmp_path / "d")
+    (folder / ".lock").touch()
+    hub.push(hub.inspect(folder), REPO, TOKEN, part="one")
+    ((told),) = asked
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    sent = set(filter_repo_objects(names, ignore_patterns=told["ignore_patterns"]))
+    described = {name.removeprefix("one/") for name in store.repositories[REPO].files}
+    assert told["repo_type"] == "dataset" and told["path_in_repo"] == "one" and told["folder_path"] == folder
+    assert sent | described == set(names) - {".lock"} and sent & described == set()
 
 
 def test_a_private_repository_is_private_and_a_public_one_is_not_taken_for_it(

@@ -21,6 +21,7 @@ STYLE = (
     ".axis{stroke:#999}.stroke{fill:none;stroke-width:2}.thin{stroke-width:1;stroke-dasharray:3 3}"
 )
 # What each predictor is drawn with in the right half.
+SAYING = {"zero": "zero", "mean": "the mean"}
 MARKS = {"network": PALETTE[0], "last action": PALETTE[1], "zero": "#9a9a9a", "mean": "#4a4a4a"}
 
 
@@ -29,8 +30,9 @@ def svg(verdict: Verdict) -> str:
     word = "learnable" if verdict.learnable else "not learnable"
     gain = verdict.network
     head = (
-        f"{word}: pictures take {100 * gain.mean:.1f} % (± {100 * gain.spread:.1f}) off the squared error of "
-        f"{gain.against} on held-out {'videos' if verdict.by_video else 'episodes'}"
+        f"{word}: on held-out {'videos' if verdict.by_video else 'episodes'}, pictures take "
+        f"{100 * gain.mean:.1f} % (± {100 * gain.spread:.1f}) off the squared error of saying "
+        f"{SAYING[gain.against]}"
     )
     style = el("style", Markup(STYLE))
     drawing = el(
@@ -140,11 +142,11 @@ def _dimensions(verdict: Verdict) -> list[Markup]:
         parts.append(el("text", label, x=centre, y=HEIGHT - BOTTOM + 18, class_="mid soft"))
     at = float(MIDDLE + 30)
     parts.append(el("text", "R² on what was held out:", x=at, y=TOP - 14, class_="soft"))
-    at += 156
+    at += 148
     for name, shade in MARKS.items():
         parts.append(el("rect", x=at, y=TOP - 23, width=10, height=10, fill=shade))
         parts.append(el("text", name, x=at + 15, y=TOP - 14, class_="soft"))
-        at += 30 + 7.2 * len(name)
+        at += 26 + 6.2 * len(name)
     more = f"the first {n} of {len(verdict.names)} dimensions" if n < len(verdict.names) else "dimension"
     if low == LOWEST:
         more += f"; what lies below {LOWEST:g} is drawn there"
