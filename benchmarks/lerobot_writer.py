@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--fps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=4, help="of lerobot's image writer; 4 is its advice")
+    parser.add_argument("--codec", default="libsvtav1")
     args = parser.parse_args()
     episodes = [np.load(path) for path in sorted(args.frames.glob("*.npy"))]
     vectors = np.load(args.frames / "vectors.npz")
@@ -34,7 +35,12 @@ def main() -> None:
         features[name] = {"dtype": "float32", "shape": (len(columns),), "names": columns}
     began, spent = time.perf_counter(), os.times()
     dataset = LeRobotDataset.create(
-        "local/bench", args.fps, features, root=args.out, image_writer_threads=args.threads
+        "local/bench",
+        args.fps,
+        features,
+        root=args.out,
+        image_writer_threads=args.threads,
+        vcodec=args.codec,
     )
     for frames in episodes:
         for k, frame in enumerate(frames):
