@@ -235,6 +235,55 @@ def test_an_address_that_nothing_here_opens_says_what_to_install(address, says):
     assert "\n" not in str(caught.value)
 
 
+class BotoError(Exception):
+    """As botocore's ClientError is made."""
+
+    def __init__(self, status):
+        super().__init__("An error occurred")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": str(status)}}
+
+
+class GoogleError(Exception):
+    """As gcsfs's HttpError is made."""
+
+    def __init__(self, status):
+        super().__init__("no")
+        self.code = status
+
+
+class NoCredentialsError(Exception):
+    """As botocore says that there are none."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (BotoError(403), "denied"),
+        (BotoError(404), "missing"),
+        (BotoError(503), "io"),
+        (GoogleError(401), "denied"),
+        (GoogleError(429), "io"),
+        (NoCredentialsError(), "denied"),
+        (PermissionError("no"), "denied"),
+        (FileNotFoundError("no"), "missing"),
+        (ConnectionResetError("no"), "io"),
+        (TimeoutError(), "io"),
+        (OSError("something else"), "io"),
+        (ValueError("no such thing"), "unsupported"),
+    ],
+)
+def test_what_a_store_raises_is_told_apart(error, kind):
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("wrapped") from cause
+    except RuntimeError as wrapped:
+        found = explain(wrapped, "s3://bucket/a.mp4")
+    assert found.kind in (kind, "unsupported") and explain(error, "s3://bucket/a.mp4").kind == kind
+    assert found.hint and "\n" not in str(found)
+
+
 @pytest.mark.parametrize(
     "secret",
     [

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from ego2robot import config, pipeline
+from ego2robot.errors import UserError
 from ego2robot.jobs.verify import verify
 from ego2robot.remote import objects
 from ego2robot.store.rundir import RunDir
@@ -79,6 +80,18 @@ def test_a_remote_manifest_becomes_clips_with_tasks_in_spite_of_a_flaky_store(tm
     write_video(store.root / "gone.mp4", n_frames=60)
     planned = pipeline.plan(wanted)
     assert planned.added == 1 and not any(path in ("/a.mp4", "/b.mp4") for _, path, _ in store.asked[asked:])
+
+
+def test_a_store_that_lets_nobody_in_is_one_line_and_not_one_for_each_file(tmp_path, store):
+    write_video(store.root / "0.mp4", n_frames=30)
+    for i in range(1, 9):
+        (store.root / f"{i}.mp4").write_bytes((store.root / "0.mp4").read_bytes())
+    (store.root / "list.csv").write_text("uri\n" + "".join(f"{store.url}/{i}.mp4\n" for i in range(9)))
+    store.gated = True
+    wanted = recipe("manifest", str(store.root / "list.csv"), tmp_path / "run")
+    with pytest.raises(UserError, match="access denied") as caught:
+        pipeline.plan(wanted)
+    assert "\n" not in str(caught.value)
 
 
 def test_remote_tars_are_worked_on_in_place_and_exported_without_their_camera_s_bend(tmp_path, store):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = ["Planned", "Probed", "clips_of", "plan", "probed", "probing", "requir
 # A video of which nothing is heard for so long when it is looked into is given up: here, and where a store
 # is asked several times, or a whole video decoded.
 PROBE_S, PATIENT_S = 120.0, 600.0
+DENIED = 5  # refusals, and nothing else, before a store is given up
 
 # -- probing, in child processes ------------------------------------------------------------------
 
@@ -115,7 +117,7 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None, add: bool =
             not be used are looked at again; what is planned stays as it is.
 
     Raises:
-        UserError: the source holds nothing to look at; or its plan cannot grow.
+        UserError: the source holds nothing to look at, or lets nobody in; or its plan cannot grow.
     """
     before = run.units() if run.planned else None
     if before is not None and not add:
@@ -139,6 +141,7 @@ def plan(run: RunDir, progress: Callable[[int], None] | None = None, add: bool =
             rows.add(event.value)
         elif event.kind == "error":
             problems.append(event.value)
+            _stop_if_denied(problems, rows.videos, cfg)
         elif event.kind in ("crashed", "timeout") and not event.again:
             kind = "crash" if event.kind == "crashed" else "timeout"
             problems.append(VideoError(event.task.name, f"reading its headers: {event.value}", "", kind))
@@ -244,11 +247,19 @@ def _merged(before: pa.Table | None, new: pa.Table, problems: list[VideoError]) 
     return table.take(order), len(first) - n_before
 
 
+def _stop_if_denied(problems: Sequence[VideoError], videos: int, cfg: config.Config) -> None:
+    """Raises UserError when a store lets nobody in at all: one line, and not one for each of its files."""
+    first = list(itertools.islice((p for p in problems if p.kind != "metadata"), DENIED))
+    if not videos and len(first) == DENIED and all(p.kind == "denied" for p in first):
+        raise UserError(f"source.path={shown(cfg.source.path)}: {first[0].cause}; {first[0].hint}")
+
+
 def _candidates(cfg: config.Config, run_dir: Path, problems: list[VideoError]) -> Iterator[Candidate]:
     count = 0
     for found in SOURCES[cfg.source.kind].candidates(cfg.source.path, run_dir, cfg.source):
         if isinstance(found, VideoError):
             problems.append(found)
+            _stop_if_denied(problems, count, cfg)
             continue
         if found.problem:
             problems.append(found.problem)
