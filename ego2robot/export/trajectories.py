@@ -41,7 +41,7 @@ GROUP_ROWS = 64
 AHEAD = 32  # rows that may be done before one that comes first
 TIMEOUT_S = 600.0
 # As near to the frames as x264's defaults, at two thirds of their cost (benchmarks/trajectories.py).
-CODEC = Codec("h264", "libx264", {"crf": "22", "preset": "faster"})
+CODEC = Codec("h264", "libx264", {"crf": "22.5", "preset": "faster"})
 GOP = 250
 SHARD = re.compile(r"train-(\d{5,})\.parquet")
 
