@@ -359,7 +359,7 @@ def many_episodes(scratch: Path, quick: bool) -> dict[str, Any]:
         }
         shutil.rmtree(here)
     return {
-        "what": "8 frames each, 64x96, h264, hands followed, two processes; memory: proportional set size of all",
+        "what": "8 frames each, 64x96, h264, hands followed; two processes; memory: PSS of all together",
         **found,
     }
 

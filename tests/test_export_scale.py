@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from ego2robot.cli import app
 from ego2robot.errors import UserError, VideoError
 from ego2robot.export import episode, footage, lerobot, stats, video
 from ego2robot.export.episode import ACTION, KNOWN, STATE
@@ -300,6 +302,25 @@ def test_exact_quantiles_are_found_by_counting(tmp_path: Path, monkeypatch: pyte
     assert np.allclose(counted["mean"], values.mean(0, dtype=np.float64), rtol=1e-9)
     assert np.allclose(counted["std"], values.std(0, dtype=np.float64), rtol=1e-9)
     assert counted["count"].tolist() == [5700]
+
+
+def test_the_commands_share_an_export_and_say_what_is_left(videos: list[Path], tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "run", videos[2:])
+    out = tmp_path / "out"
+    options = ["--codec", "h264", "--workers", "0"]
+
+    def command(*arguments: str | Path) -> str:
+        done = CliRunner().invoke(app, ["export", *map(str, arguments), *options])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    said = command("lerobot", run.path, out, "--shard", "0/2")
+    assert "shard 0/2 done, 1 units are left; the same command without --shard ends it" in said
+    assert "exporting" in said and not out.exists()
+    assert "3 episodes, 36 frames" in command("lerobot", run.path, out) and out.is_dir()
+    said = command("webdataset", run.path, tmp_path / "shards", "--shard-mb", "1", "--hands")
+    assert "3 clips, 1 shards" in said
+    assert "2 clips, 2 videos" in command("parquet", run.path, tmp_path / "videos", "--top", "2")
 
 
 def test_near_duplicates_are_left_out_when_asked(videos: list[Path], tmp_path: Path) -> None:
