@@ -107,6 +107,7 @@ def plan_table(n: int) -> pa.Table:
         "length": pa.ListArray.from_arrays(lists, pa.array(np.full(n, 36, np.int32))),
         "cost_s": pa.array(np.full(n, UNIT_S)),
         "meta": pa.nulls(n, schema.META),
+        "clip_meta": pa.nulls(n, schema.UNITS.field("clip_meta").type),
     }
     for name, value in constant.items():
         columns[name] = pa.repeat(pa.scalar(value, schema.UNITS.field(name).type), n)

@@ -482,16 +482,19 @@ class Board:
 
     def _spare(self) -> bool:
         """Takes one unit that another has held for longer than this worker would need for it."""
-        now, found = self.clock.monotonic(), []
-        for name, claim in self._seen.items():
-            if claim.spare or name in self._mine:
-                continue
+        now, speed = self.clock.monotonic(), max(self._speed, 1e-9)
+        others = [c for name, c in self._seen.items() if not c.spare and name not in self._mine]
+        self._random.shuffle(others)
+        for claim in others:
             lo, hi = claim.span
-            left = [i for i in range(lo, min(hi, len(self.done))) if not self.done[i] and self._open[i]]
-            if left and now - claim.since > float(self._costs_s[left[0]]) / max(self._speed, 1e-9):
-                found.append(self._random.choice(left))
-        self._random.shuffle(found)
-        for unit in found:
+            could = (now - claim.since) * speed  # estimated seconds that he would have done meanwhile
+            costs = self._costs_s[lo:hi]
+            if could <= costs.min(initial=np.inf):
+                continue
+            left = np.flatnonzero(self._open[lo:hi] & ~self.done[lo:hi])
+            if not len(left) or could <= costs[left[0]]:
+                continue
+            unit = lo + int(self._random.choice(left))
             name = f"{self.plan}-s0-{unit}"
             if unit in self._active or name in self._seen:
                 continue
