@@ -8,8 +8,9 @@ kept. Ours is what a worker of `ego2robot export trajectories` does with one rec
 mp4.
 
 They take turns in one process; what counts is CPU time, that of all threads, which is what decides where
-there is a process for each core: the least of a few turns, since what else runs can only add to it. Also: the whole command with two processes on the wall clock, its memory
-(summed proportional set sizes), and how near the frames of all ways are to the true ones.
+there is a process for each core: the least of a few turns, since what else runs can only add to it. Also:
+the whole command with two processes on the wall clock, its memory (summed proportional set sizes), and how
+near the frames of all ways are to the true ones.
 """
 
 from __future__ import annotations
