@@ -186,14 +186,23 @@ def boxes(*frames: list[tuple[float, float, float, float]]) -> tuple[np.ndarray,
 
 def test_a_gap_is_filled_along_the_way_and_both_ends_are_a_frame_longer() -> None:
     followed = privacy.follow(
-        *boxes([], [(0.9, 100, 50, 40)], [], [], [(0.4, 130, 50, 40)], [], [], [], [], [])
+        *boxes([], [(0.9, 100, 50, 40)], [], [], [(0.55, 130, 50, 40)], [], [], [], [], [])
     )
     assert [frame for frame, _ in followed] == [0, 1, 2, 3, 4, 5]
     assert [float(box[0] + box[2]) / 2 for _, box in followed] == [100, 100, 110, 120, 130, 130]
 
 
 def test_what_nothing_sure_confirms_is_not_covered() -> None:
-    assert privacy.follow(*boxes([(0.6, 100, 50, 40)], [(0.5, 102, 50, 40)])) == []
+    assert privacy.follow(*boxes([(0.69, 100, 50, 40)], [(0.6, 102, 50, 40)])) == []
+
+
+def test_a_face_is_continued_by_the_nearest_box_and_not_by_a_doubtful_one() -> None:
+    followed = privacy.follow(
+        *boxes([(0.9, 100, 50, 60), (0.6, 180, 60, 50)], [(0.55, 150, 60, 50)], [(0.9, 110, 50, 60)])
+    )
+    middle = {frame: (box[0] + box[2]) / 2 for frame, box in followed}
+    # The box in the middle is nearer to the doubtful one, which nothing confirms: it goes to the sure face.
+    assert middle == {0: 100, 1: 150, 2: 110} and len(followed) == 3
 
 
 def test_faces_that_are_too_far_apart_or_unlike_in_size_are_two() -> None:

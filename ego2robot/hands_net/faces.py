@@ -11,7 +11,7 @@ Constants: ``face_detection*.pbtxt`` of MediaPipe, which also say how its anchor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,6 +66,7 @@ class FaceNet(nn.Module):
         device: where it runs.
         max_faces: K, slots for faces in a frame.
         min_score: score from which a box counts, 0 to 1. MediaPipe's own are 0.5 near and 0.6 far.
+        doubts: what is taken off the scores of a look before they are compared with others.
         looks: which of the three are taken; ``tiles`` costs six times as much as the others together.
 
     Raises:
@@ -83,10 +84,12 @@ class FaceNet(nn.Module):
         max_faces: int = 16,
         min_score: float = 0.5,
         looks: Sequence[Look] = LOOKS,
+        doubts: Mapping[Look, float] | None = None,
     ) -> None:
         super().__init__()
         place = torch.device(device)
         self.max_faces, self.min_score, self.looks = max_faces, min_score, tuple(looks)
+        self.doubts = dict(doubts or {})
         self.near = pipeline.network(near_path, NEAR.size, place, torch.float32)
         self.far = pipeline.network(far_path, FAR.size, place, torch.float32)
         self.register_buffer("near_anchors_A2", anchors(NEAR, place))
@@ -114,7 +117,7 @@ class FaceNet(nn.Module):
             score_NA, box_NA4 = decode(raw_NA16, logit_NA1, anchors_A2, kind.size, (rows, columns))
             corner = torch.tensor([(x, y, x, y) for y, x, _, _ in views], device=box_NA4.device)
             box_NA4 = box_NA4 + corner.repeat_interleave(n_frames, 0)[:, None]
-            scores += score_NA.split(n_frames)
+            scores += (score_NA - self.doubts.get(look, 0.0)).split(n_frames)
             boxes += box_NA4.split(n_frames)
         return merge(torch.cat(scores, 1), torch.cat(boxes, 1), self.max_faces, self.min_score)
 
