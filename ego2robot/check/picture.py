@@ -87,7 +87,7 @@ def _curves(verdict: Verdict) -> list[Markup]:
     for i, looks in enumerate(verdict.curves):
         if looks:
             shade = PALETTE[i % len(PALETTE)]
-            parts.append(el("path", d=path([(k.step, k.training) for k in looks]), stroke=shade, opacity=0.45,
+            parts.append(el("path", d=path([(k.step, k.training) for k in looks]), stroke=shade, opacity=0.8,
                             class_="stroke thin"))  # fmt: skip
             parts.append(
                 el("path", d=path([(k.step, k.validation) for k in looks]), stroke=shade, class_="stroke")
@@ -142,11 +142,11 @@ def _dimensions(verdict: Verdict) -> list[Markup]:
         parts.append(el("text", label, x=centre, y=HEIGHT - BOTTOM + 18, class_="mid soft"))
     at = float(MIDDLE + 30)
     parts.append(el("text", "R² on what was held out:", x=at, y=TOP - 14, class_="soft"))
-    at += 148
+    at += 160
     for name, shade in MARKS.items():
         parts.append(el("rect", x=at, y=TOP - 23, width=10, height=10, fill=shade))
         parts.append(el("text", name, x=at + 15, y=TOP - 14, class_="soft"))
-        at += 26 + 6.2 * len(name)
+        at += 27 + 6 * len(name)
     more = f"the first {n} of {len(verdict.names)} dimensions" if n < len(verdict.names) else "dimension"
     if low == LOWEST:
         more += f"; what lies below {LOWEST:g} is drawn there"
