@@ -405,6 +405,7 @@ def export_trajectories(
     max_frames: Annotated[
         int | None, typer.Option(min=-1, help="Of each [default: 32]; -1: all its frames.")
     ] = None,
+    blur_faces: Annotated[bool, typer.Option("--blur-faces", help="Cover the faces that are found.")] = False,
     config_file: Annotated[
         Path | None, typer.Option("--config", "--config_path", metavar="FILE.yaml", help="As of RFM.")
     ] = None,
@@ -420,6 +421,7 @@ def export_trajectories(
         "dataset.kind": dataset,
         "output.max_trajectories": max_trajectories,
         "output.max_frames": max_frames,
+        "output.blur_faces": blur_faces or None,
     }
     asked = {key: value for key, value in given.items() if value is not None}
     settings = trajectories_config.load(config_file, {**overrides, **asked, **dict(named)})
@@ -432,6 +434,7 @@ def export_trajectories(
     print(
         f"{result.path}: {result.trajectories} trajectories, {result.frames} frames, "
         f"{result.bytes / 1e6:.1f} MB in {result.shards} shards; {len(result.failed)} left out"
+        f"{_covered(result)}"
     )
     for warning in result.warnings:
         _warn(warning)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from ego2robot import config
 from ego2robot.blobs import read_error
@@ -50,6 +52,7 @@ class Choice:
         shortest_edge: pixels, instead of ``size``; what is not square keeps its form.
         frame: of the dataset's poses. ``world`` is what the guide's code computes.
         annotations: the dataset's annotation file, where it does not lie with the videos.
+        blur_faces: cover the faces that are found.
     """
 
     kind: str = "egodex"
@@ -58,6 +61,7 @@ class Choice:
     shortest_edge: int | None = None
     frame: Literal["world", "camera"] = "world"
     annotations: str = ""
+    blur_faces: bool = False
 
     def spec(self, info: VideoInfo) -> FrameSpec:
         """The frames of a video: even numbers of pixels, as encoders need them."""
@@ -66,6 +70,11 @@ class Choice:
         scale = self.shortest_edge / min(info.height, info.width)
         height, width = (2 * max(1, math.ceil(int(side * scale) / 2)) for side in (info.height, info.width))
         return FrameSpec(height, width, "stretch")
+
+    def looked_at(self, info: VideoInfo) -> FrameSpec:
+        """The frames that faces are looked for in: as high as :meth:`spec`'s, in the form of the picture."""
+        height = self.spec(info).height
+        return FrameSpec(height, max(32, 2 * round(height * info.width / info.height / 2)), "stretch")
 
     def options(self, path: str) -> config.Source:
         """The choice as the ``source`` of a recipe. Raises UserError where there is no such source."""
@@ -106,6 +115,7 @@ class TaskTrajectory:
         quality_label: ``successful``: that is taken for granted, as the guide does.
         preference_group_id, preference_rank: of comparisons between trajectories; these have none.
         meta: the source's own fields.
+        covered: in how many frames faces were covered; None: none were looked for.
     """
 
     id: str
@@ -123,6 +133,7 @@ class TaskTrajectory:
     preference_group_id: str | None = None
     preference_rank: int | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    covered: int | None = None
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.__dataclass_fields__:
@@ -140,6 +151,7 @@ def iter_trajectories(
     frame: Literal["world", "camera"] = "world",
     size: int = SIZE,
     annotations: str = "",
+    blur_faces: bool = False,
     on_error: Callable[[VideoError], None] | None = None,
 ) -> Iterator[TaskTrajectory]:
     """The trajectories of a dataset, one in memory at a time, in a stable order.
@@ -151,13 +163,13 @@ def iter_trajectories(
         max_frames: of each; None: all frames.
         start_after: the ``id`` of a trajectory: begin with the next one. Those before it are not decoded,
             but their ids are looked up (1 MiB of each is read).
-        frame, size, annotations: see :class:`Choice`.
+        frame, size, annotations, blur_faces: see :class:`Choice`.
         on_error: told what could not be used; None: it is logged, as a warning.
 
     Raises:
         UserError: nothing of that kind is there, or no trajectory has the id ``start_after``.
     """
-    choice = Choice(dataset, max_frames, size, None, frame, annotations)
+    choice = Choice(dataset, max_frames, size, None, frame, annotations, blur_faces)
     tell = on_error or (lambda error: log.warning("%s", error))
     given, waiting = 0, start_after is not None
     for found in episodes(path, choice):
@@ -220,7 +232,12 @@ def read(episode: Episode, path: str, choice: Choice) -> TaskTrajectory:
     found = episode_id(episode)
     info, times_s = _looked_at(candidate.name, candidate.blob)
     times_s = chosen_times(episode, times_s, choice.max_frames)
-    frames = _frames(episode, info, times_s, choice.spec(info))
+    covered = None
+    if choice.blur_faces:
+        frames, covered = _without_faces(_frames(episode, info, times_s, choice.looked_at(info)))
+        frames = _resized(frames, choice.spec(info))
+    else:
+        frames = _frames(episode, info, times_s, choice.spec(info))
     meta = {**candidate.meta, **(span.meta if span else {})}
     video = Video(found, candidate.name, choice.kind, candidate.blob, candidate.meta, info)
     known = SOURCES[choice.kind].trajectory(video, times_s, choice.options(path))
@@ -238,6 +255,7 @@ def read(episode: Episode, path: str, choice: Choice) -> TaskTrajectory:
         task_name=meta.get("task_name") or meta.get("task", ""),
         is_robot=choice.kind == "lerobot",
         meta=meta,
+        covered=covered,
     )
 
 
@@ -296,6 +314,29 @@ def _frames(episode: Episode, info: VideoInfo, times_s: np.ndarray, spec: FrameS
         cause = f"ends before {times_s[n]:.1f} s"
         raise VideoError(episode.name, cause, "download it again", "truncated")
     return frames_THWC
+
+
+@lru_cache(maxsize=1)
+def _face_net() -> Any:
+    from ego2robot.export import privacy
+
+    return privacy.face_net()
+
+
+def _without_faces(frames_THWC: np.ndarray) -> tuple[np.ndarray, int]:
+    """Covers faces in place; in how many frames."""
+    from ego2robot.export import privacy
+
+    _, covered = privacy.blur_faces(torch.from_numpy(frames_THWC), _face_net())
+    return frames_THWC, covered
+
+
+def _resized(frames_THWC: np.ndarray, spec: FrameSpec) -> np.ndarray:
+    """uint8 RGB [T, spec.height, spec.width, 3], area-averaged as far as frames get smaller."""
+    frames_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2)
+    size = spec.height, spec.width
+    scaled_TCHW = F.interpolate(frames_TCHW, size, mode="bilinear", antialias=True)
+    return scaled_TCHW.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _actions(known: Trajectory | None, n: int) -> tuple[tuple[str, ...], np.ndarray]:

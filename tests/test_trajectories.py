@@ -19,9 +19,11 @@ from ego2robot import trajectories as made
 from ego2robot.errors import UserError
 from ego2robot.export import trajectories as writer
 from ego2robot.export import trajectories_config
+from ego2robot.export.video import CODECS, encode_episode
 from ego2robot.sources import SOURCES
 from ego2robot.sources.base import Candidate, Source, file_blob
 from ego2robot.types import Span, Trajectory
+from tests import faces
 from tests.egodex_files import ATTRIBUTES, FPS, write_recording
 from tests.footage import frame_number, write_video
 from tests.inline_pool import InlinePool
@@ -248,6 +250,33 @@ def test_the_form_of_the_picture_can_be_kept(part, tmp_path, inline):
     keep = settings(part, tmp_path / "out", output__shortest_edge_size=100, output__max_trajectories=1)
     (row,) = rows(writer.export_trajectories(keep).path)
     assert {f.shape for f in pictures(row["frames"])} == {(100, 178, 3)}
+
+
+def test_faces_are_covered_in_the_form_of_the_picture_before_it_is_stretched(tmp_path, inline):
+    shown = np.stack([faces.wall(360, 640, 1)] * 8)
+    for frame in shown[2:6]:
+        x0, y0, x1, y1 = faces.put(frame, 220, 40, 160)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(encode_episode(shown, 30, CODECS["h264"]))
+    found = {}
+    for blur in (False, True):
+        asked = settings(
+            tmp_path / "in", tmp_path / f"out{blur}", dataset__kind="folder", output__blur_faces=blur
+        )
+        result = writer.export_trajectories(asked)
+        assert result.covered == (4 if blur else None) or (blur and 4 < result.covered <= 8)
+        (row,) = rows(result.path)
+        found[blur] = np.stack(pictures(row["frames"])).astype(float)
+        high, wide = (slice(int(a * k), int(b * k)) for a, b, k in ((y0, y1, 256 / 360), (x0, x1, 0.4)))
+        assert ("covered" in json.loads((result.path / "export.json").read_text())) == blur
+    changed = np.abs(found[True] - found[False])
+    assert changed[2:6, high, wide].mean() > 8  # eyes and mouth are gone
+    rest = np.delete(changed, np.s_[60:180], axis=2)
+    assert rest.mean() < 3
+    assert "covered" in (tmp_path / "outTrue" / "README.md").read_text()
+    again = settings(tmp_path / "in", tmp_path / "outTrue", dataset__kind="folder")
+    with pytest.raises(UserError, match="blur_faces"):
+        writer.export_trajectories(again)
 
 
 def test_an_export_goes_on_after_a_kill_with_the_rows_of_an_undisturbed_one(part, tmp_path, inline):

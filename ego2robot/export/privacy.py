@@ -72,7 +72,7 @@ def of_run(run: RunDir) -> Privacy:
     """
     asked = run.config.export
     if asked.blur_faces:
-        _networks(pull_if_missing=True)
+        require_networks()
     return Privacy(asked.blur_faces, salt_of(run.path) if asked.strip_metadata else None)
 
 
@@ -86,6 +86,11 @@ def face_net(device: torch.device | str = "cpu") -> FaceNet:
         UserError: the networks are missing or damaged.
     """
     return FaceNet(*_networks(), device, min_score=MIN_LINKED, looks=LOOKS, doubts=DOUBTS)
+
+
+def require_networks() -> None:
+    """Fetches the networks of :func:`face_net` where they are missing. Raises UserError where it cannot."""
+    _networks(pull_if_missing=True)
 
 
 def _networks(pull_if_missing: bool = False) -> tuple[Path, Path]:

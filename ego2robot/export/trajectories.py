@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from ego2robot import __version__
 from ego2robot.errors import UserError, VideoError
+from ego2robot.export import privacy
 from ego2robot.export.trajectories_config import Settings
 from ego2robot.export.trajectories_folder import NAME, RESERVED, STATE, check_folder, read_state, write_card
 from ego2robot.export.video import Codec, encode_episode
@@ -74,6 +75,7 @@ class Exported:
 
     Attributes:
         trajectories, frames, shards, bytes: of the part, those of earlier starts too.
+        covered: in how many of the frames faces were covered; None: none were looked for.
         failed: name and reason of what could not be used.
         warnings: what a user should know of the rest.
     """
@@ -83,6 +85,7 @@ class Exported:
     frames: int = 0
     shards: int = 0
     bytes: int = 0
+    covered: int | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -103,6 +106,8 @@ def export_trajectories(settings: Settings, show: Show | None = None, tell: Tell
             f"dataset.dataset_name={name!r}: a name of small letters, digits, dots, dashes and underscores"
         )
     check_folder(out)
+    if settings.output.blur_faces:
+        privacy.require_networks()
     try:
         (out / name).mkdir(parents=True, exist_ok=True)
         with _alone(out / name):
@@ -140,7 +145,9 @@ class _Part:
         self.with_gaps = 0  # NaN in their actions
         self.done: set[str] = set()
         self.ids: set[str] = set()
-        self.failed: dict[str, str] = (read_state(folder) or {}).get("failed", {})
+        state = read_state(folder) or {}
+        self.failed: dict[str, str] = state.get("failed", {})
+        self.covered: int | None = state.get("covered", 0) if settings.output.blur_faces else None
         self._waiting: list[dict[str, Any]] = []
         self._bytes = 0
         self._freeze()
@@ -185,6 +192,7 @@ class _Part:
             self.frames,
             len(shards),
             sum(shard.stat().st_size for shard in shards),
+            self.covered,
             sorted(self.failed.items()),
             self._warnings(),
         )
@@ -260,7 +268,7 @@ class _Part:
         if not self._waiting:
             return
         path = self.folder / _shard_name(len(self.shards))
-        table = pa.Table.from_pylist(self._waiting, _schema())
+        table = pa.Table.from_pylist(self._waiting, _schema())  # without what SCHEMA does not have
 
         def fill(file: Any) -> None:
             pq.write_table(
@@ -274,6 +282,8 @@ class _Part:
 
         atomic.write(path, fill)
         self.shards.append(path)
+        if self.covered is not None:
+            self.covered += sum(row["covered"] for row in self._waiting)
         self._waiting, self._bytes = [], 0
         self._write_state(complete=False)
 
@@ -305,6 +315,7 @@ class _Part:
             "frames": self.frames - sum(len(row["timestamps"]) for row in self._waiting),
             "without_actions": self.actions.get(0, 0),
             "with_unknown_actions": self.with_gaps,
+            **({} if self.covered is None else {"covered": self.covered}),
             "failed": self.failed,
         }
         atomic.write_json(self.folder / STATE, state)
@@ -321,7 +332,7 @@ def _reading(settings: Settings) -> Callable[[Episode], Iterator[dict[str, Any]]
 
 
 def row_of(t: TaskTrajectory, settings: Settings) -> dict[str, Any]:
-    """A trajectory as a row of :data:`SCHEMA`."""
+    """A trajectory as a row of :data:`SCHEMA`, and in how many of its frames faces were covered."""
     rate = settings.output.fps
     return {
         "id": t.id,
@@ -340,6 +351,7 @@ def row_of(t: TaskTrajectory, settings: Settings) -> dict[str, Any]:
         "video": t.name,
         "source_fps": t.fps,
         "timestamps": t.times_s.tolist(),
+        "covered": t.covered,
     }
 
 

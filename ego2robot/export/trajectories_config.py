@@ -61,6 +61,7 @@ class Output:
     center_crop: Annotated[bool, _must(False, "pictures are not cropped")] = False
     fps: Annotated[int, Field(ge=1, le=240)] = 30  # at which the few frames play; times are kept beside them
     use_video: Annotated[bool, _must(True, "frames are always the bytes of an mp4")] = True
+    blur_faces: bool = False  # cover the faces that are found
     num_workers: Annotated[int, Field(ge=-1, le=1024)] = -1  # processes; -1: one a core
 
 
@@ -88,7 +89,9 @@ class Settings:
     @property
     def choice(self) -> Choice:
         d, o = self.dataset, self.output
-        return Choice(d.kind, o.max_frames, o.size, o.shortest_edge_size, d.frame, d.annotations)
+        return Choice(
+            d.kind, o.max_frames, o.size, o.shortest_edge_size, d.frame, d.annotations, o.blur_faces
+        )
 
     @property
     def workers(self) -> int:
@@ -99,7 +102,14 @@ class Settings:
         """What decides what comes out, but for where the source lies and how much of it is taken."""
         d, o = self.dataset, self.output
         size = [o.size, o.size] if o.shortest_edge_size is None else o.shortest_edge_size
-        return {"kind": d.kind, "frame": d.frame, "max_frames": o.max_frames, "size": size, "fps": o.fps}
+        return {
+            "kind": d.kind,
+            "frame": d.frame,
+            "max_frames": o.max_frames,
+            "size": size,
+            "fps": o.fps,
+            "blur_faces": o.blur_faces or None,  # None: as before there was a choice
+        }
 
 
 ADAPTER = TypeAdapter(Settings)

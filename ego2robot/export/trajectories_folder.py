@@ -85,6 +85,15 @@ def write_card(out: Path) -> None:
     atomic.write_json(out / PROVENANCE, about)
 
 
+def _covered(found: dict[str, dict[str, Any]]) -> str:
+    """What the card says of faces."""
+    looked = {name: s["covered"] for name, s in found.items() if "covered" in s}
+    if not looked:
+        return ""
+    each = ", ".join(f"in {n} frames of `{name}`" for name, n in looked.items())
+    return f"\nFaces that a detector found are covered, {each}. It misses some.\n"
+
+
 def _text(found: dict[str, dict[str, Any]], license_: str | None) -> str:
     rows = "".join(
         f"| `{name}` | {s['settings']['kind']} | {s['trajectories']} | {s['frames']} "
@@ -108,7 +117,7 @@ camera's. NaN: not known. Other sources: their own actions, or none.
 
 `quality_label` is `successful` throughout: nobody judged it. `preference_group_id`, `preference_rank` and
 `partial_success` are empty. RFM's `lang_vector` is not here; it is an embedding of `task`.
-
+{_covered(found)}
 ## Licence
 
 Of the recordings: {license_ or "not known to the exporter; see their source"}.
