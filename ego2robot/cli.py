@@ -79,6 +79,24 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Such as clips.stride_s=6 gate.min_motion=0.02"),
 ]
 
+Gpus = Annotated[
+    str | None,
+    typer.Option(metavar="all|N", help="One process on each of so many GPUs; there must be some."),
+]
+
+
+def _gpus(asked: str | None) -> list[str]:
+    """``--gpus`` as a key of a recipe. Raises UserError for what is no number, and where there is no GPU."""
+    if asked is None:
+        return []
+    if asked != "all" and (not asked.isdecimal() or asked == "0"):
+        raise UserError(f"--gpus {asked}: give `all` or a number, such as 4")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpus {asked}: torch sees no GPU; run `ego2robot doctor`, or leave it out")
+    return [f"gpus={0 if asked == 'all' else asked}"]
+
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -97,10 +115,13 @@ def run(
         bool | None,
         typer.Option("--fast/--exact", help="decode.mode: leave out pictures that no other refers to."),
     ] = None,
+    gpus: Gpus = None,
 ) -> None:
     """Run a recipe: videos to clips, embeddings, skills, dataset, report. Goes on where it stopped."""
     mode = [] if fast is None else [f"decode.mode={'fast' if fast else 'exact'}"]
-    cfg = config.load(recipe, [*(overrides or ()), *mode])
+    cfg = config.load(recipe, [*(overrides or ()), *mode, *_gpus(gpus)])
+    if gpus is not None and cfg.device == "cpu":
+        raise UserError(f"--gpus {gpus}: the recipe says device=cpu; leave out one of the two")
     from ego2robot import pipeline
     from ego2robot.console import display, funnel_text
     from ego2robot.report import funnel
@@ -135,6 +156,7 @@ def work(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Where to begin, I from 0; everybody may do everything.")
     ] = None,
+    gpus: Gpus = None,
 ) -> None:
     """Work on a planned run, with any number of others on any number of machines.
 
@@ -150,7 +172,7 @@ def work(
         where = Shard.parse(shard) if shard is not None else None
         with display() as (show, tell):
             try:
-                pipeline.work(run, overrides or (), where, drain, show, tell)
+                pipeline.work(run, [*(overrides or ()), *_gpus(gpus)], where, drain, show, tell)
             except Drained:
                 tell("drained: what was complete is committed; start it again to go on")
                 raise typer.Exit(EXIT_DRAINED) from None

@@ -1,4 +1,9 @@
+import pytest
+import torch
+
+from ego2robot import cli
 from ego2robot.console import duration, funnel_text, line
+from ego2robot.errors import UserError
 from ego2robot.progress import Progress
 from ego2robot.report import Funnel
 
@@ -26,3 +31,14 @@ def test_the_funnel_adds_up_in_print():
 
 def test_an_empty_run_has_a_funnel_too():
     assert "planned" in funnel_text(Funnel(0, 0, {}, {}))
+
+
+def test_gpus_are_all_or_a_number_and_must_be_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [cli._gpus(asked) for asked in (None, "all", "3")] == [[], ["gpus=0"], ["gpus=3"]]
+    for wrong in ("0", "-1", "two", ""):
+        with pytest.raises(UserError, match="give `all` or a number"):
+            cli._gpus(wrong)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        cli._gpus("all")
