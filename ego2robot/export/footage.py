@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from ego2robot import cameras, decode
@@ -28,6 +28,7 @@ from ego2robot.types import Clip, ClipFrames, FrameSpec, Hand, Unit, Video
 
 Row = Mapping[str, Any]  # of choose.CHOSEN
 UNITS_KEPT = 64
+BATCH_ROWS = 4096  # of landmarks, that are read at once
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Footage:
         if self._part is None or self._part[0] != part:
             path = self._run.path / part
             try:
-                table = pq.read_table(path, filters=ds.field("clip_id").isin(sorted(self._wanted)))
+                table = self._wanted_of(path)
             except (OSError, pa.ArrowException) as error:
                 cause = " ".join(str(error).split())
                 raise UserError(f"{path}: cannot be read ({cause}); run `ego2robot repair`") from None
@@ -153,6 +154,16 @@ class Footage:
         found = table.filter(pc.equal(table["clip_id"], row["clip_id"]))
         straighten = self._undistorter(row)
         return straightened(found, straighten) if straighten and len(found) else found
+
+    def _wanted_of(self, path: Path) -> pa.Table:
+        """The rows of the expected clips; a part may hold many more, which are not held."""
+        wanted, found = pa.array(sorted(self._wanted), pa.string()), []
+        with pq.ParquetFile(path, pre_buffer=False) as parquet:
+            for batch in parquet.iter_batches(BATCH_ROWS):
+                some = batch.filter(pc.is_in(batch["clip_id"], value_set=wanted))
+                if some.num_rows:
+                    found.append(some)
+        return pa.Table.from_batches(found, schema=schema.HANDS)
 
     def hands(self, row: Row) -> list[Hand]:
         """The detected hands of an expected clip, by frame and side."""
