@@ -39,10 +39,10 @@ class Codec:
     options: Mapping[str, str]
 
 
-# Keyframe every 2nd frame and crf 30 are LeRobot's own, for fast random access. SVT-AV1's presets 11 and 12 take
-# 0.65 and 0.6 of the time of its default, 10, but lose small motions: of 684 frames of two films 20 looked more
-# (0.5 dB) like a neighbour than like themselves, by 10 none. x264 at crf 30 would be visibly worse than SVT-AV1
-# at 30, so it gets its own; no B-frames, times are then exact.
+# Keyframe every 2nd frame and crf 30 are LeRobot's own, for fast random access. SVT-AV1's presets 11 and 12
+# take 0.65 and 0.6 of the time of its default, 10, but lose small motions: of 684 frames of two films 20
+# looked more (0.5 dB) like a neighbour than like themselves, by 10 none. x264 at crf 30 would be visibly
+# worse than SVT-AV1 at 30, so it gets its own; no B-frames, times are then exact.
 GOP = 2
 CODECS = {
     "av1": Codec("av1", "libsvtav1", {"crf": "30", "preset": "10", "svtav1-params": "lp=1"}),
