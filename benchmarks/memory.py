@@ -32,14 +32,14 @@ def proportional_bytes(process: psutil.Process) -> int:
     return total
 
 
-def run(footage: Path, run_dir: Path, workers: int) -> dict[str, Any]:
+def run(footage: Path, run_dir: Path, workers: int, stride_s: float) -> dict[str, Any]:
     """One run over ``footage`` and the peak of its memory while it curated."""
     arguments = [
         f"source.path={footage}",
         f"run_dir={run_dir}",
         f"workers={workers}",
         "clips.duration_s=6",
-        "clips.stride_s=15",
+        f"clips.stride_s={stride_s:g}",
         "gate.min_motion=0.02",
         "embed.videomae.weights=none",
         "embed.clip.weights=none",
@@ -77,8 +77,9 @@ def run(footage: Path, run_dir: Path, workers: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", type=float, default=10, help="minutes")
-    parser.add_argument("--long", type=float, default=120, help="minutes")
+    parser.add_argument("--long", type=float, default=180, help="minutes")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--stride", type=float, default=15, help="seconds from clip to clip")
     parser.add_argument("--scratch", type=Path, help="folder for footage and runs; default: a temporary one")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -87,10 +88,13 @@ def main() -> None:
         for name, minutes in (("short", args.short), ("long", args.long)):
             footage = Path(scratch) / f"{name}-footage"
             make_footage(footage, minutes=minutes, videos=1, video_minutes=minutes)
-            results[name] = {"minutes": minutes, **run(footage, Path(scratch) / f"{name}-run", args.workers)}
+            results[name] = {
+                "minutes": minutes,
+                **run(footage, Path(scratch) / f"{name}-run", args.workers, args.stride),
+            }
             print(name, results[name], flush=True)
     ratio = results["long"]["peak_MiB"] / results["short"]["peak_MiB"]
-    body = {"workers": args.workers, **results, "ratio_of_peaks": round(ratio, 3)}
+    body = {"workers": args.workers, "stride_s": args.stride, **results, "ratio_of_peaks": round(ratio, 3)}
     path = write_result("memory", __doc__, body, ("torch", "av", "mediapipe"), args.out)
     print(f"{ratio:.3f} times the memory for {args.long / args.short:g} times the video; {path.name}")
 
