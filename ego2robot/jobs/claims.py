@@ -242,6 +242,7 @@ class Board:
         self._queue: deque[int] = deque()
         self._later: list[tuple[float, int]] = []  # due, unit
         self._active: set[int] = set()
+        self._owed = False  # units ended whose commit is still to come
         self._at = 0
         self._left = int(self._open.sum())
         self._known_at = -1e9
@@ -341,12 +342,14 @@ class Board:
         """A unit was worked on for so long; it waits for its commit."""
         with self.lock:
             self._active.discard(unit)
+            self._owed = True
             if seconds > 0:
                 self._speed += 0.2 * (float(self._costs_s[unit]) / seconds - self._speed)
 
     def committed(self) -> None:
         """After a commit: claims that have nothing left are given back."""
         with self.lock:
+            self._owed = False
             self.refresh()
             self._drop_done()
 
@@ -481,7 +484,12 @@ class Board:
         return found
 
     def _spare(self) -> bool:
-        """Takes one unit that another has held for longer than this worker would need for it."""
+        """Takes one unit that another has held for longer than this worker would need for it.
+
+        Not before what he himself has done is committed, lest others do it again meanwhile.
+        """
+        if self._owed:
+            return False
         now, speed = self.clock.monotonic(), max(self._speed, 1e-9)
         others = [c for name, c in self._seen.items() if not c.spare and name not in self._mine]
         self._random.shuffle(others)
