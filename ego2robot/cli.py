@@ -212,14 +212,17 @@ def _print_run_end(outcome: Any) -> None:
         _warn(warning)
 
 
+ShardOption = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Only a share of the work, I from 0; a call without this ends it."),
+]
+
+
 @app.command()
 def cluster(
     run: RunArg,
     overrides: Overrides = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Only a share of the work, I from 0; a call without this ends it."),
-    ] = None,
+    shard: ShardOption = None,
 ) -> None:
     """Find skills again, with other settings: ego2robot cluster RUN skills.k=20"""
     from ego2robot.console import display
@@ -312,10 +315,7 @@ def export_lerobot(
         typer.Option(help="Wrists without or with the camera's motion."),
     ] = None,
     workers: WorkersOption = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Only a share of the work, I from 0; a call without this ends it."),
-    ] = None,
+    shard: ShardOption = None,
     only_representatives: RepresentativesOption = False,
     blur_faces: BlurOption = False,
     strip_metadata: StripOption = False,
@@ -347,7 +347,7 @@ def export_lerobot(
         else:
             result = export(opened, out, progress=paced("exporting", show), **asked)
     if shard is not None:
-        print(f"shard {shard} done, {left} units are left; the same command without --shard ends it")
+        _print_share(shard, left)
         return
     size = f"{result.bytes / 1e6:.1f} MB{_covered(result)}"
     print(f"{out}: {result.episodes} episodes, {result.frames} frames, {size}")
@@ -366,6 +366,7 @@ def export_webdataset(
     codec: CodecOption = None,
     hands: HandsOption = False,
     workers: WorkersOption = None,
+    shard: ShardOption = None,
     only_representatives: RepresentativesOption = False,
     blur_faces: BlurOption = False,
     strip_metadata: StripOption = False,
@@ -373,15 +374,23 @@ def export_webdataset(
     """Write kept clips as WebDataset shards: an MP4 and a JSON each. Without --top all of them."""
     from ego2robot.console import display
     from ego2robot.export.webdataset import export_webdataset as export
+    from ego2robot.export.webdataset import export_webdataset_shard
+    from ego2robot.jobs.claims import Shard
     from ego2robot.progress import paced
     from ego2robot.store.rundir import RunDir
 
     opened = _private(RunDir.open(run), blur_faces, strip_metadata)
     n, codec = _export_workers(workers, opened), codec or opened.config.export.codec
     with display() as (show, _):
-        tell = paced("exporting", show)
-        result = export(opened, out, top, shard_mb, codec, hands, only_representatives, n, tell)
-    _print_clips(out, result, "shards")
+        asked = (codec, hands, only_representatives, n, paced("exporting", show))
+        if shard is not None:
+            left = export_webdataset_shard(opened, out, top, Shard.parse(shard), *asked)
+        else:
+            result = export(opened, out, top, shard_mb, *asked)
+    if shard is not None:
+        _print_share(shard, left)
+    else:
+        _print_clips(out, result, "shards")
 
 
 @export_app.command("parquet")
@@ -392,6 +401,7 @@ def export_parquet(
     codec: CodecOption = None,
     hands: HandsOption = False,
     workers: WorkersOption = None,
+    shard: ShardOption = None,
     only_representatives: RepresentativesOption = False,
     blur_faces: BlurOption = False,
     strip_metadata: StripOption = False,
@@ -399,15 +409,23 @@ def export_parquet(
     """Write kept clips as MP4 files with a Parquet table of them. Without --top all of them."""
     from ego2robot.console import display
     from ego2robot.export.clips_parquet import export_parquet as export
+    from ego2robot.export.clips_parquet import export_parquet_shard
+    from ego2robot.jobs.claims import Shard
     from ego2robot.progress import paced
     from ego2robot.store.rundir import RunDir
 
     opened = _private(RunDir.open(run), blur_faces, strip_metadata)
     n, codec = _export_workers(workers, opened), codec or opened.config.export.codec
     with display() as (show, _):
-        tell = paced("exporting", show)
-        result = export(opened, out, top, codec, hands, only_representatives, n, tell)
-    _print_clips(out, result, "videos")
+        asked = (codec, hands, only_representatives, n, paced("exporting", show))
+        if shard is not None:
+            left = export_parquet_shard(opened, out, top, Shard.parse(shard), *asked)
+        else:
+            result = export(opened, out, top, *asked)
+    if shard is not None:
+        _print_share(shard, left)
+    else:
+        _print_clips(out, result, "videos")
 
 
 @export_app.command(
@@ -460,6 +478,10 @@ def export_trajectories(
     )
     for warning in result.warnings:
         _warn(warning)
+
+
+def _print_share(shard: str, left: int) -> None:
+    print(f"shard {shard} done, {left} units are left; the same command without --shard ends it")
 
 
 def _print_clips(out: Path, result: Any, files: str) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import resource
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,17 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from typer.testing import CliRunner
 
+from ego2robot.cli import app
 from ego2robot.errors import UserError
 from ego2robot.export import clips
 from ego2robot.export import webdataset as shards
-from ego2robot.export.clips_parquet import export_parquet
-from ego2robot.export.webdataset import export_webdataset
-from ego2robot.store import schema
+from ego2robot.export.clips_parquet import export_parquet, export_parquet_shard
+from ego2robot.export.staging import Staging
+from ego2robot.export.webdataset import export_webdataset, export_webdataset_shard
+from ego2robot.jobs.claims import Shard
+from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir
 from ego2robot.types import Clip
 from tests.footage import write_video
@@ -199,8 +207,124 @@ def test_interrupted_goes_on_and_a_video_that_is_gone_costs_its_own_clips(tmp_pa
     assert told[0] == (4, 6) and result.clips == 4
     assert {clip for clip, _ in result.skipped} == {c.clip_id for c in units[2].clips}
     assert "c.mp4: No such file" in result.skipped[0][1] and "2 of 6 chosen clips" in result.warnings[0]
+    assert len(list(out.rglob("*.mp4"))) == (4 if form == "parquet" else 0), "no video that no row names"
     names = [path.name for path in tmp_path.iterdir()]
     assert not [name for name in names if ".partial-" in name or ".old-" in name]
+
+
+EXPORTS: dict[str, Any] = {
+    "webdataset": (export_webdataset, export_webdataset_shard),
+    "parquet": (export_parquet, export_parquet_shard),
+}
+
+
+@pytest.mark.parametrize("form", EXPORTS)
+def test_shards_make_the_bytes_of_one_process_whatever_they_left_behind(
+    world: Any, tmp_path: Path, form: str
+) -> None:
+    run, _ = world
+    export, export_shard = EXPORTS[form]
+    asked: dict[str, Any] = {"codec": "h264", "hands": True}
+    export(run, tmp_path / "alone", None, **asked)
+    out = tmp_path / "out"
+    left = [export_shard(run, out, None, Shard(i, 3), **asked) for i in (2, 0, 1)]
+    assert left == [2, 1, 0] and not out.exists()
+    (partial,) = tmp_path.glob("out.partial-*")
+    (partial / "dataset").mkdir(exist_ok=True)
+    (partial / "dataset" / f"{atomic.TEMPORARY_PREFIX}half.mp4").touch()  # of somebody who was killed
+    if form == "webdataset":  # of one who ended it with smaller shards, and was killed too
+        (partial / "dataset" / "shard-000007.tar").touch()
+    told: list[tuple[int, int]] = []
+    export(run, out, None, progress=lambda *a: told.append(a), **asked)
+    assert told == [(6, 6)], "what the shards have done is not done again"
+    assert contents(out) == contents(tmp_path / "alone")
+    assert export_shard(run, out, None, Shard(1, 3), **asked) == 0, "after the end there is nothing to do"
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+TOGETHER = """
+import os, signal, sys
+from pathlib import Path
+from ego2robot.export import clips
+from ego2robot.export.clips_parquet import export_parquet_shard as parquet
+from ego2robot.export.webdataset import export_webdataset_shard as webdataset
+from ego2robot.jobs.claims import Shard
+from ego2robot.store.rundir import RunDir
+
+run, out, form = sys.argv[1:]
+clips.MIN_UNIT_S = 4.0
+
+def start(last):
+    def tell(done, total):
+        if done == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if child := os.fork():
+        return child
+    share = {"webdataset": webdataset, "parquet": parquet}[form]
+    share(RunDir.open(run), Path(out), None, Shard(0, 1), codec="h264", hands=True, progress=tell)
+    os._exit(0)
+
+def code(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+print(code(start(3)), *[code(child) for child in (start(None), start(None))])
+"""
+
+
+@pytest.mark.parametrize("form", EXPORTS)
+def test_processes_that_do_the_same_units_at_the_same_time_or_are_killed_spoil_nothing(
+    world: Any, tmp_path: Path, form: str
+) -> None:
+    run, _ = world
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", TOGETHER, run.path, out, form]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL), "0", "0"], done.stderr
+    told: list[tuple[int, int]] = []
+    EXPORTS[form][0](run, out, None, codec="h264", hands=True, progress=lambda *a: told.append(a))
+    EXPORTS[form][0](run, tmp_path / "alone", None, codec="h264", hands=True)
+    assert told == [(6, 6)] and contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_plan_that_others_read_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pd.DataFrame({"clip_id": ["a", "b"]})
+    mine, other = (Staging(tmp_path / "out", "k") for _ in range(2))
+    chosen = clips.pa.Table.from_pandas(table)
+    real = atomic.write
+
+    def slowly(path: Path, fill: Any) -> None:
+        monkeypatch.undo()
+        other.plan(chosen, [0, 1])
+        read.append(other.folder.joinpath("plan.parquet").stat().st_ino)
+        real(path, fill)
+
+    read: list[int] = []
+    monkeypatch.setattr(atomic, "write", slowly)
+    mine.plan(chosen, [0, 1])
+    assert [path.stat().st_ino for path in mine.folder.iterdir()] == read and mine.n_units == 2
+
+
+def test_locks_are_taken_as_nfs_gives_them(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There flock(2) is a lock of bytes: a shared one needs a file that can be read, else it is EBADF."""
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    run, _ = world
+    assert export_webdataset_shard(run, tmp_path / "out", 2, Shard(0, 1), codec="h264") == 0
+    assert export_webdataset(run, tmp_path / "out", 2, codec="h264").clips == 2
+
+
+@pytest.mark.parametrize("form", EXPORTS)
+def test_a_share_is_asked_for_on_the_command_line(world: Any, tmp_path: Path, form: str) -> None:
+    run, _ = world
+    command = ["export", form, str(run.path), str(tmp_path / "out"), "--codec", "h264", "--workers", "0"]
+    shard = CliRunner().invoke(app, [*command, "--shard", "1/2"])
+    assert shard.exit_code == 0, shard.output
+    assert "shard 1/2 done, 2 units are left; the same command without --shard ends it" in shard.output
+    assert CliRunner().invoke(app, [*command, "--shard", "2/2"]).exit_code == 2
+    end = CliRunner().invoke(app, command)
+    assert end.exit_code == 0 and "out: 6 clips, " in end.output
 
 
 def test_a_full_disk_is_one_line_and_the_earlier_export_stays(world: Any, tmp_path: Path) -> None:

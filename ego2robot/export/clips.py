@@ -24,7 +24,18 @@ from ego2robot.export.files import cut
 from ego2robot.export.footage import Begun, Footage, Row
 from ego2robot.export.lerobot import MIN_UNIT_S, SHARES
 from ego2robot.export.privacy import Privacy, Stripper
-from ego2robot.export.staging import Item, Staging, Task, check_target, key_of, unwritable
+from ego2robot.export.staging import (
+    Item,
+    Staging,
+    Task,
+    Tell,
+    check_target,
+    key_of,
+    unwritable,
+    work_off,
+)
+from ego2robot.jobs.claims import Shard
+from ego2robot.jobs.pool import Work
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
 from ego2robot.types import FrameSpec
@@ -182,6 +193,29 @@ def worker(order: Order, store: Callable[[Order, Staging, int], Store]) -> Calla
             raise unwritable(order.out, error) from None
 
     return do
+
+
+def share(
+    run: RunDir,
+    prepared: Prepared,
+    factory: Callable[..., Work],
+    shard: Shard,
+    workers: int,
+    progress: Tell | None,
+) -> int:
+    """Does a share of the units; returns how many are left to other shards.
+
+    Args:
+        factory: from an :class:`Order` to what :func:`worker` gives.
+    """
+    staging = prepared.staging
+    if staging.published(PROVENANCE):
+        return 0
+    with staging.held(shared=True):
+        staging.plan(prepared.choice.table, prepared.starts)
+        timeout_s, tell = run.config.decode.timeout_s, progress or (lambda done, total: None)
+        work_off(staging, factory, (prepared.order,), workers, timeout_s, tell, shard)
+        return staging.n_left
 
 
 class Store:

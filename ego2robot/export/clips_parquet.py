@@ -17,6 +17,7 @@ from ego2robot.export import clips
 from ego2robot.export.clips import FIELDS, ClipsResult, Encoded, Order, Store
 from ego2robot.export.files import TableFile
 from ego2robot.export.staging import Item, Staging, Task, Tell, remove_leftovers, work_off
+from ego2robot.jobs.claims import Shard
 from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir
 
@@ -61,6 +62,26 @@ def export_parquet(
     return ClipsResult(order.out, n, n, size, left_out, warnings, covered)
 
 
+def export_parquet_shard(
+    run: RunDir,
+    out: Path,
+    top: int | None,
+    shard: Shard,
+    codec: str = "av1",
+    hands: bool = False,
+    only_representatives: bool = False,
+    workers: int = 0,
+    progress: Tell | None = None,
+) -> int:
+    """Does a share of the units of an :func:`export_parquet` with the same arguments, which then ends it.
+
+    Returns:
+        The number of units that are left to other shards.
+    """
+    prepared = clips.prepare(run, out, "parquet", top, codec, hands, only_representatives)
+    return clips.share(run, prepared, _worker, shard, workers, progress)
+
+
 LOADING = """```python
 from datasets import load_dataset
 
@@ -81,14 +102,20 @@ def _tables(staging: Staging, order: Order) -> dict[int, str]:
             missing = {int(row): why for row, why in staging.record(unit)["failed"].items()}
             failed |= missing
             rows = staging.rows(unit).to_pylist(maps_as_pydicts="lossy")
-            made = [row for i, row in enumerate(rows, staging.starts[unit]) if i not in missing]
-            shown = [clips.told(row, order.privacy.stripper) for row in made]
-            cells = [{"file_name": file_name(r["clip_id"]), **clips.fields(r, order)} for r in shown]
+            shown = [clips.told(row, order.privacy.stripper) for row in rows]
+            cells = [
+                {"file_name": file_name(row["clip_id"]), **clips.fields(row, order)}
+                for number, row in enumerate(shown, staging.starts[unit])
+                if number not in missing
+            ]
+            for number in missing:  # somebody may have made it, and been killed before his unit was done
+                row = shown[number - staging.starts[unit]]
+                (staging.dataset / file_name(row["clip_id"])).unlink(missing_ok=True)
             table.add(pa.Table.from_pylist(cells, schema=COLUMNS))
     if order.hands:
         with TableFile(staging.dataset / HANDS, schema.HANDS, GROUP_ROWS) as table:
             for unit in range(staging.n_units):
-                table.add(pq.read_table(staging.path(unit, ".hands.parquet")))
+                table.add(pq.read_table(staging.path(unit, "").with_name(staging.record(unit)["hands"])))
     return failed
 
 
@@ -100,7 +127,8 @@ class _Videos(Store):
     """Puts each video where the dataset has it."""
 
     def __init__(self, order: Order, staging: Staging, unit: int) -> None:
-        self._dataset, self._hands_path = staging.dataset, staging.path(unit, ".hands.parquet")
+        self._dataset = staging.dataset
+        self._hands_path = staging.path(unit, f"-{clips.token()}.hands.parquet")
         self._hands: list[pa.Table] | None = [schema.HANDS.empty_table()] if order.hands else None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -113,4 +141,4 @@ class _Videos(Store):
             self._hands.append(pq.read_table(pa.BufferReader(clip.hands)))
 
     def record(self) -> dict[str, Any]:
-        return {}
+        return {"hands": self._hands_path.name}

@@ -146,7 +146,7 @@ def export_lerobot_shard(
         staging.plan(export.choice.table, export.starts)
         timeout_s = run.config.decode.timeout_s
         work_off(staging, worker, (order,), workers, timeout_s, progress or (lambda done, total: None), shard)
-        return sum(not staging.done(unit) for unit in range(staging.n_units))
+        return staging.n_left
 
 
 # -- before -----------------------------------------------------------------------------------------

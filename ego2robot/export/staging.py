@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections import Counter, deque
@@ -35,7 +36,7 @@ from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
 from ego2robot.types import short_id
 
-FORMAT = "1"  # of a staging folder; another one is not gone on with
+FORMAT = "2"  # of a staging folder; another one is not gone on with
 CRASHES = 2  # of the decoder on one video, before it is left out
 Tell = Callable[[int, int], None]  # clips done, clips to do
 
@@ -71,7 +72,11 @@ class Staging:
     # -- the plan ----------------------------------------------------------------------------------
 
     def plan(self, table: pa.Table, starts: Sequence[int]) -> None:
-        """Stores what is to be done, unless it is there; unit i begins at row ``starts[i]``."""
+        """Stores what is to be done, unless it is there; unit i begins at row ``starts[i]``.
+
+        Of several who do so at once one succeeds, and what the others may have open is never replaced: on
+        NFS that would be taken away from them.
+        """
         path = self.folder / "plan.parquet"
         if path.is_file():
             return
@@ -81,7 +86,18 @@ class Staging:
                 for begin, end in pairwise([*starts, table.num_rows]):
                     writer.write_table(table.slice(begin, end - begin), row_group_size=max(1, end - begin))
 
-        atomic.write(path, fill)
+        aside = path.with_name(f"plan-{secrets.token_hex(6)}.parquet")
+        atomic.write(aside, fill)
+        try:
+            os.link(aside, path)  # fails where another process was faster
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        atomic.sync_folder(self.folder)
 
     @cached_property
     def _plan(self) -> pq.ParquetFile:
@@ -120,6 +136,10 @@ class Staging:
     def done(self, unit: int) -> bool:
         return self.path(unit, ".json").is_file()
 
+    @property
+    def n_left(self) -> int:
+        return sum(not self.done(unit) for unit in range(self.n_units))
+
     def record(self, unit: int) -> dict[str, Any]:
         return dict(json.loads(self.path(unit, ".json").read_bytes()))
 
@@ -136,7 +156,7 @@ class Staging:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "lock").open("a") as lock:
+            with (self.folder / "lock").open("a+") as lock:
                 if not _lock(lock.fileno(), shared):
                     raise UserError(
                         f"{self.out}: another process writes this dataset; wait until it has ended"
@@ -161,6 +181,8 @@ class Staging:
     def publish(self) -> None:
         """Puts the finished dataset in place; an earlier one is there until the new one is."""
         remove_leftovers(self.out)
+        for half in self.dataset.rglob(f"{atomic.TEMPORARY_PREFIX}*"):  # of somebody who was killed
+            half.unlink()
         old = sibling(self.out, "old") if self.out.exists() else None
         if old:
             self.out.rename(old)
@@ -232,6 +254,7 @@ def _others(out: Path, infix: str) -> list[Path]:
 
 
 def _lock(file: int, shared: bool) -> bool:
+    """Whether it is ours now. On NFS a file must be open for reading to be shared, else for writing."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
@@ -244,7 +267,7 @@ def _lock(file: int, shared: bool) -> bool:
 def _remove_if_free(folder: Path) -> None:
     """Deletes what an export with other settings has left, unless somebody works in it."""
     try:
-        with (folder / "lock").open("a") as lock:
+        with (folder / "lock").open("a+") as lock:
             if _lock(lock.fileno(), shared=False):
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError:

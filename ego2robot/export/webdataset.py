@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ego2robot.export import clips
 from ego2robot.export.clips import ClipsResult, Encoded, Order, Store
 from ego2robot.export.files import cut
 from ego2robot.export.staging import Item, Staging, Task, Tell, each, remove_leftovers, unwritable, work_off
+from ego2robot.jobs.claims import Shard
 from ego2robot.store.rundir import RunDir
 
 SHARD = "shard-{:06d}.tar"
@@ -64,7 +66,8 @@ def export_webdataset(
             (number, [pieces[i] for i in np.flatnonzero(shards == number)])
             for number in range(int(shards[-1]) + 1 if len(shards) else 0)
         ]
-        staging.dataset.mkdir(exist_ok=True)
+        shutil.rmtree(staging.dataset, ignore_errors=True)  # of one who was killed here, at another shard_mb
+        staging.dataset.mkdir()
         each(_joiner, (order,), tasks, workers)
         left_out = clips.skipped(prepared, failed)
         head = {"configs": [{"config_name": "default", "data_files": "shard-*.tar"}]}
@@ -73,6 +76,28 @@ def export_webdataset(
         staging.publish()
     size = sum(path.stat().st_size for path in order.out.rglob("*") if path.is_file())
     return ClipsResult(order.out, len(pieces), len(tasks), size, left_out, warnings, covered)
+
+
+def export_webdataset_shard(
+    run: RunDir,
+    out: Path,
+    top: int | None,
+    shard: Shard,
+    codec: str = "av1",
+    hands: bool = False,
+    only_representatives: bool = False,
+    workers: int = 0,
+    progress: Tell | None = None,
+) -> int:
+    """Does a share of the units of an :func:`export_webdataset` with the same arguments, which then ends it.
+
+    How large shards are matters only then.
+
+    Returns:
+        The number of units that are left to other shards.
+    """
+    prepared = clips.prepare(run, out, "webdataset", top, codec, hands, only_representatives)
+    return clips.share(run, prepared, _worker, shard, workers, progress)
 
 
 LOADING = """```python
