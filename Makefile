@@ -7,14 +7,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LEROBOT := .venv-lerobot
+LEROBOT_NEWEST := .venv-lerobot-newest
+# lerobot's newest wants 3.12 or more, which nothing else here needs.
+PYTHON312 ?= $(shell for p in python3 python3.12 python3.13; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 DEMO := runs/demo
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help install system-libraries demo test test-lerobot slurm test-slurm lint format bench bench-check gpu-proof soak clean
+.PHONY: help install system-libraries demo test test-lerobot test-lerobot-newest slurm test-slurm lint format bench bench-check gpu-proof soak clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 install: $(READY) ## make .venv with everything the CPU job needs, and fetch the hand models
 
@@ -46,6 +50,17 @@ $(LEROBOT)/.ready:
 
 test-lerobot: $(READY) $(LEROBOT)/.ready ## open what we export with the real lerobot 0.4.4 (own environment, 8 GB)
 	LEROBOT_PYTHON=$(CURDIR)/$(LEROBOT)/bin/python $(BIN)/python -m pytest tests/test_lerobot_client.py $(PYTEST_ARGS)
+
+$(LEROBOT_NEWEST)/.ready:
+	$(PYTHON312) -m venv $(LEROBOT_NEWEST)
+	$(LEROBOT_NEWEST)/bin/python -m pip install --quiet 'lerobot[dataset]>=0.6'
+	@touch $@
+
+test-lerobot-newest: $(READY) ## the same with its newest release, where there is a Python 3.12 or newer (8 GB)
+	@test -e $(LEROBOT_NEWEST)/.ready -o -z "$(PYTHON312)" || $(MAKE) --no-print-directory $(LEROBOT_NEWEST)/.ready
+	@if test -e $(LEROBOT_NEWEST)/.ready; then \
+		LEROBOT_PYTHON=$(CURDIR)/$(LEROBOT_NEWEST)/bin/python $(BIN)/python -m pytest tests/test_lerobot_client.py $(PYTEST_ARGS); \
+	else echo "skipped: lerobot's newest needs Python 3.12 or newer and PATH has none; install one, or run: make $@ PYTHON312=/path/to/python3.12"; fi
 
 slurm:
 	@command -v slurmctld >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge slurm-client; }
@@ -80,4 +95,4 @@ soak: $(READY) ## kill workers of one run KILLS times (200); the rows must be th
 	KILLS=$(KILLS) $(BIN)/python benchmarks/soak.py
 
 clean: ## remove .venv and what runs and tests left
-	rm -rf $(VENV) $(LEROBOT) runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LEROBOT) $(LEROBOT_NEWEST) runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

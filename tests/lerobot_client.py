@@ -3,7 +3,8 @@
     HF_HUB_OFFLINE=1 .venv-lerobot/bin/python tests/lerobot_client.py DATASET FRAMES
 
 FRAMES holds ``<clip_id>.npy``, uint8 RGB [T, H, W, 3], of every episode. Runs in lerobot's own environment,
-so it imports nothing of ours. Prints one line; a failed check is a traceback and a non-zero exit.
+so it imports nothing of ours. Frames are decoded by pyav, and by torchcodec where it loads.
+Prints one line; a failed check is a traceback and a non-zero exit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.utils import get_hf_features_from_features, load_info, load_stats, load_tasks
 
+try:
+    from lerobot.datasets.feature_utils import get_hf_features_from_features
+    from lerobot.datasets.io_utils import load_info, load_stats, load_tasks
+except ImportError:  # up to lerobot 0.4
+    from lerobot.datasets.utils import get_hf_features_from_features, load_info, load_stats, load_tasks
+
+LEROBOT = f"lerobot {version('lerobot')}"
 PICTURE = "observation.images.top"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 MIN_PSNR = 30.0
@@ -30,6 +38,16 @@ MIN_PSNR = 30.0
 def check(holds: bool, message: str) -> None:
     if not holds:
         raise AssertionError(message)
+
+
+def decoders() -> list[str]:
+    """lerobot's decoders that work here; torchcodec needs an FFmpeg of the system."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"torchcodec does not load: {str(error).strip().splitlines()[0]}")
+        return ["pyav"]
+    return ["torchcodec", "pyav"]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -178,28 +196,32 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("dataset", type=Path)
     parser.add_argument("frames", type=Path)
-    parser.add_argument("--backend", choices=["torchcodec", "pyav"], default="torchcodec")
     args = parser.parse_args()
     root = args.dataset
     if json.loads((root / "meta" / "info.json").read_text())["total_episodes"] == 0:
         empty(root)
-        print("lerobot reads its files: empty, and valid")
+        print(f"{LEROBOT} reads its files: empty, and valid")
         return
-    reopen = partial(LeRobotDataset, "local/export", root=root, video_backend=args.backend)
+    backends = decoders()
+    reopen = partial(LeRobotDataset, "local/export", root=root, video_backend=backends[0])
     dataset = reopen()
     # First, while this process has opened no decoder that the loader's processes would inherit.
     batches = one_epoch(dataset)
     episodes = episodes_of(root)
     sources = [np.load(args.frames / f"{episode['clip_id']}.npy") for episode in episodes]
     check(dataset.num_episodes == len(episodes), f"{dataset.num_episodes} episodes")
-    lowest = every_frame(dataset, episodes, sources)
-    across_edges(reopen, episodes, sources)
+    lowest = math.inf
+    for backend in backends:
+        using = partial(reopen, video_backend=backend)
+        lowest = min(lowest, every_frame(using(), episodes, sources))
+        across_edges(using, episodes, sources)
     features = all_statistics(dataset, episodes, sources)
     last = reopen(episodes=[len(episodes) - 1])
     check(len(last) == len(sources[-1]), "loading the last episode alone")
     check(psnr(to_uint8(last[0][PICTURE]), sources[-1][0]) >= MIN_PSNR, "the last episode's first frame")
     print(
-        f"lerobot opens it: {len(episodes)} episodes, {len(dataset)} frames all decoded ({args.backend}), "
+        f"{LEROBOT} opens it: {len(episodes)} episodes, {len(dataset)} frames all decoded "
+        f"({' and '.join(backends)}), "
         f"lowest PSNR {lowest:.1f} dB, padding right at {2 * len(episodes)} edges, "
         f"statistics of {features} features equal, {batches} batches in one epoch"
     )
