@@ -727,6 +727,9 @@ def slurm_submit(
     overrides: Overrides = None,
     array: Annotated[int, typer.Option(min=1, help="Tasks that work at the same time.")] = ...,  # type: ignore[assignment]
     throttle: Annotated[int | None, typer.Option(min=1, help="At most so many of them at once.")] = None,
+    export_tasks: Annotated[
+        int | None, typer.Option(min=1, help="Tasks that export at the same time [default: as many as work].")
+    ] = None,
     gpus_per_task: Annotated[str, typer.Option(metavar="[TYPE:]G")] = "0",
     cpus_per_task: Annotated[int | None, typer.Option(min=1)] = None,
     mem: Annotated[str | None, typer.Option(help="Of a task, such as 64G.")] = None,
@@ -746,7 +749,7 @@ def slurm_submit(
     plan_here: Annotated[bool, typer.Option(help="Plan now and here, not in a job.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print scripts and commands; needs no Slurm.")] = False,
 ) -> None:
-    """Submit plan → work array → cluster → export → report as one chain."""
+    """Submit plan → work array → cluster → export array → finish → report as one chain."""
     from ego2robot.jobs import slurm
 
     given = list(overrides or ())
@@ -756,6 +759,7 @@ def slurm_submit(
     request = slurm.Request(
         array=array,
         throttle=throttle,
+        export_tasks=export_tasks,
         gpus_per_task=gpus_per_task,
         cpus_per_task=cpus_per_task,
         mem=mem,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -313,6 +314,13 @@ def test_locks_are_taken_as_nfs_gives_them(
     run, _ = world
     assert export_webdataset_shard(run, tmp_path / "out", 2, Shard(0, 1), codec="h264") == 0
     assert export_webdataset(run, tmp_path / "out", 2, codec="h264").clips == 2
+
+    def none(file: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)  # Lustre, where it is mounted without
+    with pytest.raises(UserError, match=r"no locks \(Function not implemented\); .*-o flock"):
+        export_webdataset_shard(run, tmp_path / "other", 2, Shard(0, 1), codec="h264")
 
 
 @pytest.mark.parametrize("form", EXPORTS)

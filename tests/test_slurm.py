@@ -22,6 +22,7 @@ from ego2robot.store.rundir import RunDir
 from tests import holding, slurm_cluster
 from tests.footage import write_video
 from tests.slurm_cluster import Cluster
+from tests.test_export_scale import contents
 from tests.test_pipeline import BASE, rows
 
 STAND_IN = (sys.executable, str(Path(__file__).parent / "slurm_stand_in.py"))
@@ -61,7 +62,7 @@ class Run:
     def submit(self, array: int, **more: Any) -> slurm.Submission:
         self.order("tasks", str(array))
         plan_here = more.pop("plan_here", False)
-        return slurm.submit(self.cfg, Request(array, **more), plan_here, STAND_IN)
+        return slurm.submit(self.cfg, Request(array, **{"export_tasks": 1, **more}), plan_here, STAND_IN)
 
     def retry(self, **changes: Any) -> slurm.Submission:
         return slurm.retry(self.path, changes, STAND_IN)
@@ -108,15 +109,17 @@ ALL = {step: {"COMPLETED"} for step in slurm.STEPS}
 
 
 def test_a_chain_runs_in_order_and_never_more_tasks_than_the_throttle(run):
-    submission = run.submit(8, throttle=3)
+    submission = run.submit(8, throttle=3, export_tasks=2)
     run.end()
     assert run.states() == ALL
     arrays = [job for job in submission.jobs if job.step == "work"]
     assert [job.shards for job in arrays] == [tuple(range(6)), (6, 7)]  # MaxArraySize is 6
     work = [run.did(f"work-{i}") for i in range(8)]
     assert run.did("plan")["ended"] <= min(w["began"] for w in work)
-    ends = [run.did(step)["ended"] for step in ("cluster", "export", "report")]
-    assert [max(w["ended"] for w in work), *ends] == sorted([max(w["ended"] for w in work), *ends])
+    exports = [run.did(f"export-{i}") for i in range(2)]
+    cluster, finish, report = (run.did(step)["ended"] for step in ("cluster", "finish", "report"))
+    assert max(w["ended"] for w in work) <= cluster <= min(e["began"] for e in exports)
+    assert max(e["ended"] for e in exports) <= finish <= report
     for w in work:
         assert sum(v["began"] <= w["began"] < v["ended"] for v in work) <= 3
     shown = subprocess.run(
@@ -126,7 +129,7 @@ def test_a_chain_runs_in_order_and_never_more_tasks_than_the_throttle(run):
         check=False,
     )
     assert shown.returncode == 0, shown.stderr
-    assert len(shown.stdout.splitlines()) == 8 + 4
+    assert len(shown.stdout.splitlines()) == 8 + 2 + 4
 
 
 def test_jobs_get_what_was_asked_for_and_no_secrets(run, monkeypatch):
@@ -168,6 +171,7 @@ def test_a_task_that_failed_is_shown_and_it_alone_is_tried_again(run):
         "work": {"COMPLETED", "FAILED"},
         "cluster": {"FAILED"},
         "export": {"CANCELLED"},
+        "finish": {"CANCELLED"},
         "report": {"CANCELLED"},
     }
     task, refused, *_ = slurm.failures(run.path)
@@ -178,7 +182,8 @@ def test_a_task_that_failed_is_shown_and_it_alone_is_tried_again(run):
     assert [(job.step, job.shards) for job in again.jobs] == [
         ("work", (3,)),
         ("cluster", ()),
-        ("export", ()),
+        ("export", (0,)),
+        ("finish", ()),
         ("report", ()),
     ]
     assert again.request.mem == "600M"
@@ -207,7 +212,7 @@ def test_a_retry_while_others_still_work_waits_for_both(run):
     again = run.retry()
     assert [job.shards for job in again.jobs if job.step == "work"] == [(1,)]
     run.cluster.wait(lambda: "work-1" in run.did(), "the shard again")
-    old = {job.job_id for job in first.jobs if job.step in ("cluster", "export", "report")}
+    old = {job.job_id for job in first.jobs if job.step in ("cluster", "finish", "report")}
     run.cluster.wait(
         lambda: {run.cluster.jobs()[job] for job in old} == {"CANCELLED"}, "the old chain is cancelled"
     )
@@ -215,6 +220,42 @@ def test_a_retry_while_others_still_work_waits_for_both(run):
     run.drop("hold-0")
     run.end()
     assert run.states() == ALL
+
+
+def test_an_export_is_shared_and_what_failed_of_it_is_tried_again(run):
+    run.order("fail-export-1")
+    run.order("hold-export-0")
+    run.order("hold-export-2")
+    first = run.submit(1, export_tasks=3)
+    run.began("export-0-0", "export-2-0")
+    (array,) = [job.job_id for job in first.jobs if job.step == "export"]
+    run.cluster.client("scancel", "--signal=USR1", "--batch", f"{array}_2")
+    run.cluster.wait(lambda: run.cluster.jobs()[f"{array}_2"] == "PENDING", "it waits again")
+    run.drop("hold-export-2")
+    run.cluster.wait(lambda: "export-2" in run.did(), "it was done then", release=True)
+    (task,) = slurm.failures(run.path)
+    assert (task.step, task.shard, task.code) == ("export", 1, 1)
+    again = run.retry()
+    assert [(job.step, job.shards) for job in again.jobs] == [
+        ("export", (1,)),
+        ("finish", ()),
+        ("report", ()),
+    ]
+    run.cluster.wait(lambda: "export-1" in run.did(), "the shard again")
+    assert "finish" not in run.did() and slurm.overview(run.path).states("export")["RUNNING"] == 1
+    run.drop("hold-export-0")
+    run.end()
+    assert run.states() == ALL and not slurm.failures(run.path)
+    assert max(run.did(f"export-{i}")["ended"] for i in range(3)) <= run.did("finish")["ended"]
+
+
+def test_a_failed_task_of_an_export_holds_nothing_up(run):
+    run.order("fail-export-0")
+    run.submit(1, export_tasks=2)
+    run.end()
+    assert run.states() == {**ALL, "export": {"COMPLETED", "FAILED"}}
+    with pytest.raises(UserError, match="nothing failed and nothing is left"):  # the end did its share
+        run.retry()
 
 
 def test_a_warning_drains_a_task_and_it_puts_itself_back(run):
@@ -310,14 +351,14 @@ def test_cancel_ends_everything_and_retry_goes_on(run):
     run.order("hold")
     run.submit(3)
     run.began("0-0", "1-0", "2-0")
-    assert len(slurm.cancel(run.path)) == 4  # the plan was made
+    assert len(slurm.cancel(run.path)) == 5  # the plan was made
     run.end()
     assert run.states() == {step: {"CANCELLED"} for step in slurm.STEPS[1:]} | {"plan": {"COMPLETED"}}
     assert {f"drained-{i}-SIGTERM" for i in range(3)} <= run.did() and "cluster" not in run.did()
     assert slurm.cancel(run.path) == []
     run.drop("hold")
     again = run.retry()
-    assert [job.step for job in again.jobs] == ["work", "cluster", "export", "report"]
+    assert [job.step for job in again.jobs] == list(slurm.STEPS[1:])
     run.end()
     assert run.states() == ALL
 
@@ -423,6 +464,7 @@ def assert_same(run_dir: Path, local: RunDir) -> None:
     ]
     info, expected = (r.read_json("dataset/meta/info.json") for r in (run, local))
     assert info and expected and info["total_frames"] == expected["total_frames"] > 0
+    assert contents(run_dir / "dataset/videos") == contents(local.path / "dataset/videos")
     assert (run_dir / "report.html").is_file() and not list(run_dir.glob("**/.tmp-*"))
 
 
@@ -434,9 +476,8 @@ def test_from_submit_to_dataset_with_the_rows_of_a_local_run(cluster, footage, l
         *("--array", "8", "--throttle", "3", "--cpus-per-task", "1", "--time", "10", "--mem", "400M"),
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "6 tasks\n" in done.stdout and "2 tasks\n" in done.stdout and "logs     tail -n +1 -F" in done.stdout
-    )
+    tasks = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(("6 tasks", "2 tasks"))]
+    assert tasks == ["work", "work", "export"] and "logs     tail -n +1 -F" in done.stdout, done.stdout
     cluster.wait(lambda: not any(t.active for t in slurm.tasks_of(run_dir)), "the end of the chain", 280)
     seen = ego2robot("slurm", "status", str(run_dir)).stdout
     assert "8 completed" in seen and "report   job" in seen and " units: " in seen, seen

@@ -90,6 +90,7 @@ def test_arrays_are_split_and_their_throttles_add_up(array, throttle):
     ("request_", "problem"),
     [
         (Request(0), "at least one"),
+        (Request(1, export_tasks=0), "--export-tasks 0: at least one"),
         (Request(1, gpus_per_task="many"), "TYPE:NUMBER"),
         (Request(1, time="soon"), "--time soon"),
         (Request(1, partition='x"\n#SBATCH --uid=0'), "no quotes"),
@@ -119,13 +120,37 @@ def test_options_of_one_step_are_for_it_alone(tmp_path, no_limit):
     assert [s for s, text in scripts.items() if "--mem=200G" in text] == ["cluster"]
     assert [s for s, text in scripts.items() if "#SBATCH --exclusive\n" in text] == ["work"]
     gpus = {s: text.partition("--gres=")[2].split("\n")[0] for s, text in scripts.items()}
-    assert gpus == {"plan": "", "work": "gpu:a100:4", "cluster": "gpu:1", "export": "", "report": ""}
+    assert {step: gpu for step, gpu in gpus.items() if gpu} == {"work": "gpu:a100:4", "cluster": "gpu:1"}
 
 
 def test_without_an_export_the_report_follows_the_clusters(tmp_path, no_limit):
     drafts = draft(tmp_path, Request(1), "export.enabled=false").drafts
     assert [d.label for d in drafts] == ["plan", "work", "cluster", "report"]
     assert drafts[-1].after == (("afterok", "cluster"),)
+
+
+def test_an_export_is_an_array_of_its_own_that_its_end_waits_for(tmp_path, no_limit):
+    drafts = {d.label: d for d in draft(tmp_path, Request(2, throttle=3, export_tasks=12)).drafts}
+    assert list(drafts) == ["plan", "work", "cluster", "export", "export_10", "finish", "report"]
+    assert [drafts[label].shards for label in ("export", "export_10")] == [tuple(range(10)), (10, 11)]
+    assert [drafts[label].throttle for label in ("export", "export_10")] == [2, 1]
+    assert drafts["export_10"].after == (("afterok", "cluster"),)
+    assert drafts["finish"].dependency({}) == "afterok:cluster,afterany:export:export_10"
+    assert drafts["report"].dependency({}) == "afterok:finish"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "more", "tasks"),
+    [
+        (None, ["export.top=1000000"], 64),  # as many as work
+        (None, ["export.top=5"], 5),  # no unit is less than a clip
+        (None, ["export.top=50", "clips.policy=windows"], 17),  # 300 s in units of 18
+        (8, ["export.top=50", "clips.policy=windows"], 3),
+    ],
+)
+def test_no_more_tasks_export_than_have_something_to_do(tmp_path, no_limit, cpus, more, tasks):
+    submission = draft(tmp_path, Request(64, cpus_per_task=cpus), *more).submission
+    assert submission.request.export_tasks == tasks
 
 
 def test_a_dry_run_needs_no_slurm(tmp_path):
@@ -150,14 +175,16 @@ def test_a_dry_run_needs_no_slurm(tmp_path):
 # -- the script of a task --------------------------------------------------------------------------
 
 
-def start(tmp_path: Path, body: str, **environment: str) -> tuple[subprocess.Popen[str], Path]:
-    """The script of ``work`` with a Python program in place of ego2robot, task 3 of the array from 10 on."""
+def start(
+    tmp_path: Path, body: str, step: str = "work", **environment: str
+) -> tuple[subprocess.Popen[str], Path]:
+    """The script of an array with a Python program in place of ego2robot, task 3 of the array from 10 on."""
     program = tmp_path / "program.py"
     program.write_text("import signal, sys, time, pathlib\n" + body)
     cfg = config.load("folder", ["source.path=/nowhere", f"run_dir={tmp_path / 'a run'}"])
-    chain = slurm.draft_run(cfg, Request(99), (sys.executable, str(program)))
+    chain = slurm.draft_run(cfg, Request(99, export_tasks=44), (sys.executable, str(program)))
     slurm._write(chain)
-    script = chain.submission.folder / "work.sh"
+    script = chain.submission.folder / f"{step}.sh"
     task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "7"}
     process = subprocess.Popen(
         ["bash", str(script), "10"],
@@ -165,7 +192,7 @@ def start(tmp_path: Path, body: str, **environment: str) -> tuple[subprocess.Pop
         stdout=subprocess.PIPE,
         text=True,
     )
-    return process, chain.submission.folder / "exits" / "work-13"
+    return process, chain.submission.folder / "exits" / f"{step}-13"
 
 
 HOLD = """
@@ -191,6 +218,18 @@ def test_a_script_passes_the_shard_on_and_records_the_exit(tmp_path, no_limit):
     assert process.returncode == 4
     assert f"['work', '{tmp_path / 'a run'}', '--shard', '13/99']" in output
     assert record.read_text().split()[:2] == ["4", "7_3"]
+
+
+def test_a_task_of_an_export_does_its_share_and_is_put_back_when_it_is_warned(tmp_path, clients):
+    calls = clients("scontrol", "echo MaxArraySize = 50")
+    body = 'print(sys.argv[1:], flush=True)\npathlib.Path(sys.argv[3], "began").touch()\ntime.sleep(60)'
+    process, record = start(tmp_path, body, "export")
+    began(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=30)
+    run = tmp_path / "a run"
+    assert f"['export', 'lerobot', '{run}', '{run}/dataset', '--shard', '13/44']" in output
+    assert record.read_text().startswith("138 7_3 ") and "requeue 7_3" in calls.read_text()
 
 
 def test_usr1_reaches_the_work_and_the_task_asks_to_be_put_back_itself(tmp_path, clients):
@@ -232,6 +271,87 @@ def test_a_task_that_was_put_back_too_often_ends(tmp_path, clients):
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=30)
     assert process.returncode == 75 and "requeue" not in calls.read_text()
+
+
+# -- what is done again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("left", "states", "again", "dependencies", "replaced"),
+    [
+        (  # shards of an export failed while another runs: its end waits for both
+            0,
+            {"work": "CC", "cluster": "C", "export": "FRC", "finish": "P", "report": "P"},
+            {"export": (0,), "finish": (), "report": ()},
+            {"export": "", "finish": "afterany:14:export", "report": "afterok:finish"},
+            ["15", "16"],
+        ),
+        (  # the end does what failed shards left
+            0,
+            {"work": "CC", "cluster": "C", "export": "FCC", "finish": "R", "report": "P"},
+            None,
+            {},
+            [],
+        ),
+        (  # the end failed, the shards did not
+            0,
+            {"work": "CC", "cluster": "C", "export": "CCC", "finish": "F", "report": "X"},
+            {"finish": (), "report": ()},
+            {"finish": ""},
+            [],
+        ),
+        (  # the disk is full: those that failed, then the end
+            0,
+            {"work": "CC", "cluster": "C", "export": "CFF", "finish": "F", "report": "X"},
+            {"export": (1, 2), "finish": (), "report": ()},
+            {"finish": "afterany:export"},
+            [],
+        ),
+        (  # no skills, no export
+            0,
+            {"work": "CC", "cluster": "F", "export": "XXX", "finish": "X", "report": "X"},
+            {"cluster": (), "export": (0, 1, 2), "finish": (), "report": ()},
+            {"export": "afterok:cluster", "finish": "afterok:cluster,afterany:export"},
+            [],
+        ),
+        (  # somebody cancelled the export while the work goes on
+            1,
+            {"work": "RC", "cluster": "P", "export": "XXX", "finish": "X", "report": "X"},
+            {"export": (0, 1, 2), "finish": (), "report": ()},
+            {"export": "afterok:13", "finish": "afterok:13,afterany:export"},
+            [],
+        ),
+        (  # units are left: what waits for them comes again
+            1,
+            {"work": "FR", "cluster": "P", "export": "PPP", "finish": "P", "report": "P"},
+            {"work": (0,), "cluster": (), "export": (0, 1, 2), "finish": (), "report": ()},
+            {"cluster": "afterany:12:work", "export": "afterok:cluster"},
+            ["13", "14", "15", "16"],
+        ),
+    ],
+)
+def test_a_retry_submits_what_can_no_longer_succeed(
+    tmp_path, no_limit, monkeypatch, left, states, again, dependencies, replaced
+):
+    folder = tmp_path / "r" / "slurm" / "1"
+    folder.mkdir(parents=True)
+    Submission(folder, "abc", 0.0, "/", "/out", Request(2, export_tasks=3)).save()
+    words = {"C": "COMPLETED", "F": "FAILED", "X": "CANCELLED", "R": "RUNNING", "P": "PENDING"}
+    tasks = []
+    for number, step in enumerate(slurm.STEPS, 11):
+        for i, letter in enumerate(states.get(step, "C")):
+            shard, job = (i, f"{number}_{i}") if step in slurm.ARRAYS else (None, str(number))
+            tasks.append(slurm.Task(step, shard, job, words[letter], None, "", "", folder / "no.log"))
+    monkeypatch.setattr(slurm, "tasks_of", lambda run: tasks)
+    monkeypatch.setattr(slurm, "units_left", lambda run: left)
+    if again is None:
+        with pytest.raises(UserError, match="nothing failed; 2 tasks run or wait"):
+            slurm.draft_retry(tmp_path / "r", {}, STAND_IN)
+        return
+    chain, cancelled = slurm.draft_retry(tmp_path / "r", {}, STAND_IN)
+    assert {d.step: d.shards for d in chain.drafts} == again and cancelled == replaced
+    found = {d.step: d.dependency({}) for d in chain.drafts}
+    assert {step: found[step] for step in dependencies} == dependencies
 
 
 # -- clients ---------------------------------------------------------------------------------------

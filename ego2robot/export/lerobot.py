@@ -11,6 +11,7 @@ end: the episodes after it close up, and no pointer ever leads to what is not th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -204,6 +205,16 @@ def unit_frames(total: int, fps: int, spec: FrameSpec, limits: Limits) -> int:
     expected = limits.video_bytes / (video.EXPECTED_BYTES * spec.width * spec.height)
     fair = max(total / SHARES, MIN_UNIT_S * fps)
     return max(1, int(min(expected, fair, video.MAX_FILE_S * fps)))
+
+
+def most_units(cfg: config.Config) -> int:
+    """About how many units of work ``export.top`` clips make at most, before there are any clips."""
+    clips, frames = cfg.clips, cfg.frames
+    longest_s = clips.duration_s if clips.policy == "windows" else max(clips.duration_s, clips.max_s)
+    fps = _whole(clips.sample_fps)
+    total = math.ceil(cfg.export.top * longest_s * fps)
+    spec = FrameSpec(frames.height, frames.width, frames.fit)
+    return min(cfg.export.top, math.ceil(total / unit_frames(total, fps, spec, Limits())))
 
 
 def _one_a_video(table: pa.Table) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from ego2robot.store.rundir import RunDir
 from ego2robot.types import short_id
 
 FORMAT = "2"  # of a staging folder; another one is not gone on with
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 CRASHES = 2  # of the decoder on one video, before it is left out
 Tell = Callable[[int, int], None]  # clips done, clips to do
 
@@ -157,7 +158,16 @@ class Staging:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "lock").open("a+") as lock:
-                if not _lock(lock.fileno(), shared):
+                try:
+                    ours = _lock(lock.fileno(), shared)
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    raise UserError(
+                        f"{self.out}: this file system has no locks ({error.strerror}); choose another place, "
+                        "or have it mounted with them (Lustre: -o flock)"
+                    ) from None
+                if not ours:
                     raise UserError(
                         f"{self.out}: another process writes this dataset; wait until it has ended"
                         + ("" if shared else " (those that were started with --shard too)")

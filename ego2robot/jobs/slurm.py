@@ -1,8 +1,9 @@
-"""A run as a chain of Slurm jobs: plan → work array → cluster → export → report.
+"""A run as a chain of Slurm jobs: plan → work array → cluster → export array → finish → report.
 
 Slurm runs each step, puts back what it preempts and keeps the order; which units are done, and by whom, the
-run directory knows. So a lost task costs nothing but its share of the speed, and ``cluster`` starts when
-the array has ended and no unit is left, whatever became of single tasks.
+run directory knows. So a lost task costs nothing but its share of the speed: ``cluster`` starts when the
+array has ended and no unit is left, whatever became of single tasks, and ``finish``, which puts the dataset
+in place, does what is missing of it.
 
 Only ``sbatch``, ``squeue``, ``scancel``, ``scontrol`` and, where accounting is on, ``sacct`` are used, in
 forms that do not depend on its version. Everything about a submission lies in ``RUN/slurm/<n>/``:
@@ -36,7 +37,8 @@ from ego2robot.store import atomic
 if TYPE_CHECKING:
     from ego2robot.jobs.status import Status
 
-STEPS = ("plan", "work", "cluster", "export", "report")
+STEPS = ("plan", "work", "cluster", "export", "finish", "report")
+ARRAYS = ("work", "export")
 DRAINED = 75  # EX_TEMPFAIL of sysexits.h: `ego2robot work` stopped early, and wants to go on later
 WARN_S = 120  # before the time limit; a shorter job is warned at four fifths of its time
 MAX_RESTARTS = 200  # of one task by its own wish: one that gets nowhere must end some day
@@ -75,7 +77,7 @@ shard=$((SLURM_ARRAY_TASK_ID + ${1:-0}))
 # A signal ends `wait`, not what it waits for.
 FORWARD = """\
 # USR1 comes before the time limit, TERM when Slurm takes the node away; on either `ego2robot work` commits
-# what is complete and exits with 75.
+# what is complete and exits with 75. `ego2robot export` has committed what is complete, and just ends.
 warned='' child=''
 forward() {
   warned=$1 interrupted=1
@@ -106,7 +108,7 @@ code=$?
 echo "$code $task $(hostname)" >"$record.tmp" && mv "$record.tmp" "$record"
 say "exit $code"
 """
-# Until Python has its handlers, USR1 ends it: 138. After TERM it is Slurm that decides.
+# Where Python has no handler, or not yet, USR1 ends it: 138. After TERM it is Slurm that decides.
 REQUEUE = f"""\
 if [ "$warned" = USR1 ] && {{ [ $code = {DRAINED} ] || [ $code = 138 ]; }} &&
     [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MAX_RESTARTS} ]; then
@@ -122,6 +124,7 @@ class Request:
     Attributes:
         array: tasks that work at the same time, if the cluster has room.
         throttle: at most so many of them at once.
+        export_tasks: tasks that export at the same time; None: see :func:`export_tasks`.
         gpus_per_task: such as ``2`` or ``a100:2``; ``0`` for none.
         mem: of one task, as Slurm writes it, such as ``64G``.
         time: limit of one task, as Slurm writes it, such as ``4:00:00``.
@@ -131,6 +134,7 @@ class Request:
 
     array: int
     throttle: int | None = None
+    export_tasks: int | None = None
     gpus_per_task: str = "0"
     cpus_per_task: int | None = None
     mem: str | None = None
@@ -146,7 +150,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """One job that Slurm accepted. ``shards`` are those of a work array; its indices are less ``offset``."""
+    """One job that Slurm accepted. ``shards`` are those of an array; its indices are less ``offset``."""
 
     step: str
     job_id: str
@@ -356,14 +360,33 @@ def draft_run(cfg: config.Config, request: Request, command: Sequence[str], plan
     config.check_together(cfg)
     run = Path(cfg.run_dir).absolute()
     out = (cfg.export.path or str(run / "dataset")) if cfg.export.enabled else None
+    if out and request.export_tasks is None:
+        request = replace(request, export_tasks=export_tasks(cfg, request))
     folder = run / "slurm" / str(1 + max((int(s.folder.name) for s in submissions(run)), default=0))
     submission = Submission(folder, secrets.token_hex(4), time.time(), str(Path.cwd()), out, request)
     recipe = yaml.safe_dump({**config.to_dict(cfg), "run_dir": str(run)}, sort_keys=False, allow_unicode=True)
-    steps = [
-        step for step in STEPS if not (step == "plan" and plan_here) and not (step == "export" and not out)
-    ]
-    chain = _draft(submission, recipe, steps, range(request.array), (), command)
+    steps = [step for step in _steps(submission) if not (step == "plan" and plan_here)]
+    chain = _draft(submission, recipe, steps, _all_shards(request), {}, command)
     return replace(chain, plan_here=(*command, "plan", str(folder / "recipe.yaml"))) if plan_here else chain
+
+
+def export_tasks(cfg: config.Config, request: Request) -> int:
+    """As many as work, but no more than have units of work for all of their cores.
+
+    How many units there are is known when clips are chosen; of ``export.top`` clips as long as they may be
+    there are not more than this takes.
+    """
+    from ego2robot.export.lerobot import most_units  # brings torch along
+
+    return min(request.array, -(-most_units(cfg) // (request.cpus_per_task or 1)))
+
+
+def _all_shards(request: Request) -> dict[str, Sequence[int]]:
+    return {"work": range(request.array), "export": range(request.export_tasks or 1)}
+
+
+def _steps(submission: Submission) -> list[str]:
+    return [step for step in STEPS if submission.out or step not in ("export", "finish")]
 
 
 def submit(
@@ -398,7 +421,8 @@ def draft_retry(run: Path, changes: Mapping[str, Any], command: Sequence[str]) -
     """What is to be submitted again, and the ids of waiting jobs that it replaces.
 
     Shards that ended badly are worked on again while units are left, all shards when units are left and no
-    shard is to blame; then the steps after them. What runs or waits and can still succeed stays.
+    shard is to blame; shards of an export that ended badly, unless the dataset is being finished or was; then
+    the steps after them. What runs or waits and can still succeed stays.
 
     Args:
         changes: other values for ``Request``.
@@ -415,30 +439,38 @@ def draft_retry(run: Path, changes: Mapping[str, Any], command: Sequence[str]) -
     known = tasks_of(run)
     by_step: dict[str, list[Task]] = {step: [t for t in known if t.step == step] for step in STEPS}
     left = units_left(run)
+    chain = _steps(last)
     steps: list[str] = []
-    shards: Sequence[int] = ()
+    shards = _all_shards(request)
     if any(t.active for t in by_step["plan"]):
         raise UserError(f"{run}: the plan is being made (job {by_step['plan'][0].job}); wait for it")
     if left is None or any(t.failed for t in by_step["plan"]):
-        steps, shards = list(STEPS), range(request.array)
+        steps = chain
     elif left:
-        shards = [t.shard for t in by_step["work"] if t.failed and t.shard is not None]
-        if not shards and not any(t.active for t in by_step["work"]):
-            shards = range(request.array)
-        steps = list(STEPS[1:]) if shards else []
-    for step in STEPS[2:]:
-        if not steps and not any(t.active or t.state == "COMPLETED" for t in by_step[step]):
-            steps = list(STEPS[STEPS.index(step) :]) if step != "export" or last.out else []
-    if last.out is None:
-        steps = [step for step in steps if step != "export"]
+        failed = _failed_shards(by_step["work"])
+        if failed or not any(t.active for t in by_step["work"]):
+            steps, shards["work"] = chain[1:], failed or shards["work"]
+    for step in chain[2:]:
+        if steps:
+            break
+        tasks = by_step[step]
+        if step == "export":
+            failed = _failed_shards(tasks)
+            finished = any(t.state != "PENDING" and not t.failed for t in by_step["finish"])
+            if not finished and (failed or not tasks):
+                steps, shards["export"] = chain[chain.index(step) :], failed or shards["export"]
+        elif not any(t.active or t.state == "COMPLETED" for t in tasks):
+            steps = chain[chain.index(step) :]
     if not steps:
         waiting = sum(t.active for t in known)
         raise UserError(
             f"{run}: nothing failed"
             + (f"; {waiting} tasks run or wait" if waiting else " and nothing is left")
         )
-    replaced = [t.job for step in STEPS[2:] if step in steps for t in by_step[step] if t.active]
-    working = sorted({t.job.split("_")[0] for t in by_step["work"] if t.active})
+    active = {step: _jobs(t for t in by_step[step] if t.active) for step in STEPS}
+    # What still runs of an array of which some is done again stays: what comes after waits for both.
+    stay = {step: jobs for step, jobs in active.items() if step not in steps[steps[0] in ARRAYS :]}
+    replaced = [job for step in steps if step not in stay for job in active[step]]
     folder = run / "slurm" / str(int(last.folder.name) + 1)
     submission = replace(
         last, folder=folder, id=secrets.token_hex(4), at=time.time(), request=request, jobs=()
@@ -448,7 +480,16 @@ def draft_retry(run: Path, changes: Mapping[str, Any], command: Sequence[str]) -
         recipe = next(
             path for s in reversed(earlier) if (path := s.folder / "recipe.yaml").is_file()
         ).read_text(encoding="utf-8")
-    return _draft(submission, recipe, steps, shards, working, command), replaced
+    return _draft(submission, recipe, steps, shards, stay, command), replaced
+
+
+def _failed_shards(tasks: Iterable[Task]) -> list[int]:
+    return [t.shard for t in tasks if t.failed and t.shard is not None]
+
+
+def _jobs(tasks: Iterable[Task]) -> list[str]:
+    """Each job once, whatever it has of tasks."""
+    return list(dict.fromkeys(task.job.split("_")[0] for task in tasks))
 
 
 def retry(run: Path, changes: Mapping[str, Any], command: Sequence[str] | None = None) -> Submission:
@@ -469,12 +510,12 @@ def cancel(run: Path) -> list[str]:
     """
     _require_slurm()
     active = [task for task in tasks_of(run) if task.active]
-    ids = [list(dict.fromkeys(t.job.split("_")[0] for t in active if t.step == step)) for step in STEPS]
-    # The last steps first: else `cluster` would start, since the array that it waits for has ended.
-    for group in ([job for jobs in ids[:1:-1] for job in jobs], ids[1] + ids[0]):
-        if group:
-            _client("scancel", *group)
-    return [job for group in ids for job in group]
+    ids = {step: _jobs(t for t in active if t.step == step) for step in STEPS}
+    # The last steps first: else `finish` and `cluster` would start, since what they wait for has ended.
+    for group in (("report", "finish"), ("export", "cluster"), ("work", "plan")):
+        if jobs := [job for step in group for job in ids[step]]:
+            _client("scancel", *jobs)
+    return [job for jobs in ids.values() for job in jobs]
 
 
 def overview(run: Path) -> Overview:
@@ -561,11 +602,16 @@ def _draft(
     submission: Submission,
     recipe: str | None,
     steps: Sequence[str],
-    shards: Sequence[int],
-    working: Sequence[str],
+    shards: Mapping[str, Sequence[int]],
+    stay: Mapping[str, Sequence[str]],
     command: Sequence[str],
 ) -> Chain:
-    """Scripts and dependencies. ``working``: ids of arrays of before that the steps after must wait for."""
+    """Scripts and dependencies.
+
+    Args:
+        shards: of each array.
+        stay: by step, ids of jobs of before that the steps after must wait for.
+    """
     request, folder = submission.request, submission.folder
     _check(request, folder, submission.cwd)
     run = str(folder.parents[1])
@@ -576,42 +622,64 @@ def _draft(
             "plan": [["plan", str(folder / "recipe.yaml")]],
             "work": [["work", run, "--shard"]],
             "cluster": [["slurm", "ready", run], ["cluster", run]],
-            "export": [["export", "lerobot", run, submission.out or ""]],
+            "export": [["export", "lerobot", run, submission.out or "", "--shard"]],
+            "finish": [["export", "lerobot", run, submission.out or ""]],
             "report": [["report", run]],
         }[step]
         scripts[folder / f"{step}.sh"] = _script(submission, step, arguments, command)
-    drafts: list[Draft] = []
-    plan = (("afterok", "plan"),) if "plan" in steps else ()
+    made: dict[str, list[Draft]] = {}
+
+    def after(kind: str, step: str) -> tuple[tuple[str, str], ...]:
+        return tuple((kind, job) for job in (*stay.get(step, ()), *(d.label for d in made.get(step, ()))))
+
     for step in steps:
+        before = {
+            "plan": (),
+            "work": after("afterok", "plan"),
+            "cluster": after("afterok", "plan") + after("afterany", "work"),
+            "export": after("afterok", "cluster"),
+            # Without skills there is no export, and its array has ended too.
+            "finish": after("afterok", "cluster") + after("afterany", "export"),
+            "report": after("afterok", "finish" if submission.out else "cluster"),
+        }[step]
         script = folder / f"{step}.sh"
-        if step == "work":
-            chunks: dict[int, list[int]] = {}
-            for shard in shards:
-                chunks.setdefault(shard // limit * limit, []).append(shard)
-            lanes = min(request.throttle or len(chunks), len(chunks))
-            for i, (offset, members) in enumerate(sorted(chunks.items())):
-                # Lanes of arrays, one after the other in each, keep the sum of what runs below the throttle.
-                before = (("afterany", drafts[-lanes].label),) if i >= lanes else ()
-                share = request.throttle and request.throttle // lanes + (
-                    i % lanes < request.throttle % lanes
-                )
-                label = f"work_{offset}" if offset else "work"
-                drafts.append(Draft(label, step, script, plan + before, tuple(members), offset, share))
-        elif step == "cluster":
-            arrays = (*working, *(d.label for d in drafts if d.step == "work"))
-            drafts.append(Draft(step, step, script, plan + tuple(("afterany", a) for a in arrays)))
+        if step in ARRAYS:
+            made[step] = _arrays(step, script, before, shards[step], limit, request.throttle)
         else:
-            after = (("afterok", drafts[-1].label),) if drafts else ()
-            drafts.append(Draft(step, step, script, after))
-    return Chain(submission, recipe, scripts, tuple(drafts), tuple(notes))
+            made[step] = [Draft(step, step, script, before)]
+    drafts = tuple(draft for step in steps for draft in made[step])
+    return Chain(submission, recipe, scripts, drafts, tuple(notes))
+
+
+def _arrays(
+    step: str,
+    script: Path,
+    before: tuple[tuple[str, str], ...],
+    shards: Sequence[int],
+    limit: int,
+    throttle: int | None,
+) -> list[Draft]:
+    """The arrays of a step, of at most ``limit`` tasks each."""
+    chunks: dict[int, list[int]] = {}
+    for shard in shards:
+        chunks.setdefault(shard // limit * limit, []).append(shard)
+    lanes = min(throttle or len(chunks), len(chunks))
+    drafts: list[Draft] = []
+    for i, (offset, members) in enumerate(sorted(chunks.items())):
+        # Lanes of arrays, one after the other in each, keep the sum of what runs below the throttle.
+        other = (("afterany", drafts[-lanes].label),) if i >= lanes else ()
+        share = throttle and throttle // lanes + (i % lanes < throttle % lanes)
+        label = f"{step}_{offset}" if offset else step
+        drafts.append(Draft(label, step, script, before + other, tuple(members), offset, share))
+    return drafts
 
 
 def _script(
     submission: Submission, step: str, commands: Sequence[Sequence[str]], command: Sequence[str]
 ) -> str:
     request, folder = submission.request, submission.folder
-    array = step == "work"
-    gpus = request.gpus_per_task if array else ("1" if step == "cluster" else "0")
+    array = step in ARRAYS
+    gpus = request.gpus_per_task if step == "work" else ("1" if step == "cluster" else "0")
     if request.gpus_per_task == "0":
         gpus = "0"
     names = {name for name in os.environ if ENVIRONMENT.fullmatch(name)} | set(request.environment)
@@ -641,7 +709,7 @@ def _script(
     lines = [*lines, "--requeue", *own]
     words = [shlex.join([*command, *arguments]) for arguments in commands]
     if array:
-        words = [f'{word} "$shard/{request.array}"' for word in words]
+        words = [f'{word} "$shard/{len(_all_shards(request)[step])}"' for word in words]
     record = shlex.quote(str(folder / "exits" / step))
     parts = {
         "step": step + (" shard $shard" if array else ""),
@@ -658,6 +726,8 @@ def _check(request: Request, folder: Path, cwd: str) -> None:
     """Raises UserError for what Slurm would refuse later, or take to mean something else."""
     if request.array < 1:
         raise UserError(f"--array {request.array}: at least one task")
+    if request.export_tasks is not None and request.export_tasks < 1:
+        raise UserError(f"--export-tasks {request.export_tasks}: at least one task")
     if not re.fullmatch(r"0|([\w.-]+:)?[1-9]\d*", request.gpus_per_task):
         raise UserError(f"--gpus-per-task {request.gpus_per_task}: a number, or TYPE:NUMBER such as a100:2")
     if request.time:
