@@ -164,8 +164,8 @@ class Staging:
                     if error.errno not in NO_LOCKS:
                         raise
                     raise UserError(
-                        f"{self.out}: this file system has no locks ({error.strerror}); choose another place, "
-                        "or have it mounted with them (Lustre: -o flock)"
+                        f"{self.out}: this file system has no locks ({error.strerror}); choose another "
+                        "folder, or have it mounted with them (Lustre: -o flock)"
                     ) from None
                 if not ours:
                     raise UserError(
