@@ -9,13 +9,18 @@ import pytest
 
 from ego2robot import config, pipeline
 from ego2robot.errors import UserError
+from ego2robot.export.lerobot import export_lerobot
+from ego2robot.export.webdataset import export_webdataset
+from ego2robot.jobs.triage import looking
 from ego2robot.jobs.verify import verify
 from ego2robot.remote import objects
+from ego2robot.report import write_report
 from ego2robot.store.rundir import RunDir
+from ego2robot.store.units import units_from_table
 from tests.footage import write_video
 from tests.store_server import serving
 from tests.test_cameras import META
-from tests.test_pipeline import BASE, rows
+from tests.test_pipeline import BASE, rows, still
 
 pytest.importorskip("aiohttp")
 
@@ -92,6 +97,26 @@ def test_a_store_that_lets_nobody_in_is_one_line_and_not_one_for_each_file(tmp_p
     with pytest.raises(UserError, match="access denied") as caught:
         pipeline.plan(wanted)
     assert "\n" not in str(caught.value)
+
+
+def test_whoever_opens_a_run_keeps_no_more_of_its_videos_than_it_says(tmp_path, store, monkeypatch):
+    write_video(store.root / "a.mp4", n_frames=60)
+    write_video(store.root / "still.mp4", n_frames=60, picture=still)
+    (store.root / "list.csv").write_text("uri,task\na.mp4,stir\nstill.mp4,wait\n")
+    more = "source.cache_gib=0", "export.enabled=false"
+    run = pipeline.run(recipe("manifest", f"{store.url}/list.csv", tmp_path / "run", *more)).run
+    (unit,) = (unit for unit in units_from_table(run.units()) if unit.video.name.endswith("/a.mp4"))
+    for name, read in (
+        ("still", lambda: write_report(run, tmp_path / "report.html")),
+        ("a", lambda: export_lerobot(run, tmp_path / "dataset", None, codec="h264")),
+        ("a", lambda: export_webdataset(run, tmp_path / "shards", None, codec="h264")),
+        ("a", lambda: list(looking(1e9, run.config.source.cache_gib)(unit))),
+    ):
+        monkeypatch.setattr(objects, "_cache", None)  # as a process begins
+        asked = len(store.asked)
+        read()
+        assert f"/{name}.mp4" in [path for _, path, _ in store.asked[asked:]]
+        assert not [path for path in (tmp_path / "cache" / "remote").rglob("*") if path.is_file()]
 
 
 def test_remote_tars_are_worked_on_in_place_and_exported_without_their_camera_s_bend(tmp_path, store):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ego2robot import cameras, decode
+from ego2robot import cameras, decode, remote
 from ego2robot.decode import policy
 from ego2robot.errors import UserError, VideoError
 from ego2robot.sources.base import identity
@@ -39,9 +39,13 @@ class Begun:
 
 
 class Footage:
-    """The clips of a run for whoever exports some of them; keeps a few units and one part of hands."""
+    """The clips of a run for whoever exports some of them; keeps a few units and one part of hands.
+
+    From here on this process reads videos that lie afar through a cache of the size of the run's.
+    """
 
     def __init__(self, run: RunDir, spec: FrameSpec) -> None:
+        remote.configure(run.config.source.cache_gib)
         self._run, self._spec = run, spec
         self._units: dict[str, Unit] = {}
         self._wanted: frozenset[str] = frozenset()

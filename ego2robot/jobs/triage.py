@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ego2robot import remote
 from ego2robot.jobs.cutting import unit_of
 from ego2robot.jobs.embedding import PendingUnit, tables
 from ego2robot.jobs.pool import Pool
@@ -52,8 +53,9 @@ SCHEMA = pa.schema(
 Decode = Callable[[Sequence[Unit]], None]
 
 
-def looking(max_keyframe_gap_s: float) -> Callable[[Unit], Iterator[np.ndarray]]:
+def looking(max_keyframe_gap_s: float, cache_gib: float) -> Callable[[Unit], Iterator[np.ndarray]]:
     """The work of a looking child: a unit to the features of its clips, float64 [n, WINDOWS, F]."""
+    remote.configure(cache_gib)
 
     def look(unit: Unit) -> Iterator[np.ndarray]:
         video = unit.video
@@ -279,7 +281,8 @@ def _look(run: RunDir, units: Sequence[Unit], workers: int, show: Show) -> pa.Ta
     total = sum(len(unit.clips) for unit in units)
     cfg = run.config.decode
     n = max(1, min(workers, len(units) // LOOKS_PER_CHILD))
-    pool = Pool(looking, (cfg.triage.max_keyframe_gap_s,), n, cfg.timeout_s)
+    args = cfg.triage.max_keyframe_gap_s, run.config.source.cache_gib
+    pool = Pool(looking, args, n, cfg.timeout_s)
     with closing(pool.run(units)) as events:
         for event in events:  # a video that cannot be looked at is not ruled out: decoding will say why
             if event.kind == "item":

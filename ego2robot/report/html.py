@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ego2robot import config
+from ego2robot import config, remote
 from ego2robot.jobs.status import stalls
 from ego2robot.report import Funnel, Progress, batches, charts, committed, funnel, thumbnails
 from ego2robot.store.rundir import RunDir
@@ -48,6 +48,7 @@ def render(run: RunDir, progress: Progress | None = None) -> str:
     rows, hands = clip_rows(run, [*wanted, *failed], hands_of=set(wanted))
     wanted = [key for key in wanted if key in rows]
     cfg = run.config
+    remote.configure(cfg.source.cache_gib)  # videos may lie afar
     shots = [thumbnails.shot(rows[key], hands.get(key), cfg.clips.sample_fps) for key in wanted]
     sources = thumbnails.videos(run, sorted({one.video_id for one in shots}))
     frames = FrameSpec(cfg.frames.height, cfg.frames.width, cfg.frames.fit)
