@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -271,6 +272,25 @@ def test_the_salt_of_a_run_is_made_once_and_is_nobody_elses(tmp_path: Path) -> N
     other = tmp_path / "other"
     other.mkdir()
     assert privacy.salt_of(other) != salt
+
+
+def test_a_salt_that_another_process_made_meanwhile_counts_and_half_of_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pseudonyms made with an empty salt could be found again by trying names one by one."""
+    link, theirs = os.link, "12" * 16
+
+    def meanwhile(aside: Path, path: Path) -> None:
+        path.write_text(theirs)
+        link(aside, path)
+
+    monkeypatch.setattr(privacy.os, "link", meanwhile)
+    assert privacy.salt_of(tmp_path) == bytes.fromhex(theirs)
+    assert [path.name for path in tmp_path.iterdir()] == [privacy.SALT_FILE]
+    for half in ("", theirs[:-1], theirs[:-2], "no secret"):
+        (tmp_path / privacy.SALT_FILE).write_text(half)
+        with pytest.raises(UserError, match=r"privacy-salt: not the secret"):
+            privacy.salt_of(tmp_path)
 
 
 def test_a_public_configuration_has_no_folder_of_the_machine() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from ego2robot import models
+from ego2robot.errors import UserError
 from ego2robot.hands_net.faces import LOOKS, FaceNet, Look
 from ego2robot.store import atomic
 from ego2robot.store.rundir import RunDir
@@ -229,6 +230,7 @@ def _cover(picture_HWC: torch.Tensor, box: np.ndarray) -> bool:
 # -- names ----------------------------------------------------------------------------------------
 
 SALT_FILE = "privacy-salt"
+SALT_BYTES = 16
 # Fields of a source that say what is done or how the picture was taken, not by whom or where.
 KEPT_FIELDS = frozenset(
     (
@@ -248,23 +250,46 @@ def salt_of(run: Path) -> bytes:
 
     It lies in the run directory, not in datasets: with it a pseudonym can be found again, without it names
     cannot be tried one by one. Give several runs one file to have the same pseudonyms in all.
+
+    Raises:
+        UserError: the file is damaged.
     """
-    path = run / SALT_FILE
+    return salt_at(run / SALT_FILE)
+
+
+def salt_at(path: Path) -> bytes:
+    """As :func:`salt_of`, of any file. It is there whole or not at all, however many processes make it."""
+    if not path.exists():
+        _make_salt(path)
     try:
-        return bytes.fromhex(path.read_text(encoding="ascii").strip())
-    except FileNotFoundError:
-        handle = None
-    fresh = secrets.token_hex(16)
+        salt = bytes.fromhex(path.read_text(encoding="ascii"))
+    except ValueError:
+        salt = b""
+    if not SALT_BYTES <= len(salt) <= hashlib.blake2b.MAX_KEY_SIZE:
+        raise UserError(
+            f"{path}: not the secret that pseudonyms are made with ({2 * SALT_BYTES} hex digits); put that "
+            "back, or remove the file for other pseudonyms"
+        )
+    return salt
+
+
+def _make_salt(path: Path) -> None:
+    aside = path.with_name(f"{atomic.TEMPORARY_PREFIX}{path.name}.{secrets.token_hex(6)}")
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:  # another process was faster
-        return salt_of(run)
-    with os.fdopen(handle, "w") as file:
-        file.write(fresh + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    atomic.sync_folder(run)
-    return bytes.fromhex(fresh)
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(SALT_BYTES) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(aside, path)  # fails where another process was faster
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    atomic.sync_folder(path.parent)
 
 
 @dataclass(frozen=True)
