@@ -446,6 +446,7 @@ def export_trajectories(
         int | None, typer.Option(min=-1, help="Of each [default: 32]; -1: all its frames.")
     ] = None,
     blur_faces: Annotated[bool, typer.Option("--blur-faces", help="Cover the faces that are found.")] = False,
+    strip_metadata: StripOption = False,
     config_file: Annotated[
         Path | None, typer.Option("--config", "--config_path", metavar="FILE.yaml", help="As of RFM.")
     ] = None,
@@ -462,6 +463,7 @@ def export_trajectories(
         "output.max_trajectories": max_trajectories,
         "output.max_frames": max_frames,
         "output.blur_faces": blur_faces or None,
+        "output.strip_metadata": strip_metadata or None,
     }
     asked = {key: value for key, value in given.items() if value is not None}
     settings = trajectories_config.load(config_file, {**overrides, **asked, **dict(named)})

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import ego2robot
+from ego2robot import cli
 from ego2robot import trajectories as made
 from ego2robot.errors import UserError
+from ego2robot.export import privacy, trajectories_config
 from ego2robot.export import trajectories as writer
-from ego2robot.export import trajectories_config
 from ego2robot.export.video import CODECS, encode_episode
 from ego2robot.sources import SOURCES
 from ego2robot.sources.base import Candidate, Source, file_blob
@@ -27,6 +29,7 @@ from tests import faces
 from tests.egodex_files import ATTRIBUTES, FPS, write_recording
 from tests.footage import frame_number, write_video
 from tests.inline_pool import InlinePool
+from tests.test_privacy import everything_said
 
 SMALL = {"drawn": False, "width": 160, "height": 90}
 GUIDE = ("leftHand", "rightHand", "leftIndexFingerTip", "rightIndexFingerTip", "camera")
@@ -277,6 +280,89 @@ def test_faces_are_covered_in_the_form_of_the_picture_before_it_is_stretched(tmp
     again = settings(tmp_path / "in", tmp_path / "outTrue", dataset__kind="folder")
     with pytest.raises(UserError, match="blur_faces"):
         writer.export_trajectories(again)
+
+
+SECRETS = ("bob", "kitchen", "alice", "monday")
+
+
+def test_recordings_have_pseudonyms_that_a_second_start_knows_again(tmp_path, inline):
+    """Names of a person, a place and a day, in folders, files and messages: the part says none of them."""
+    task = tmp_path / "bobs-kitchen" / "alice_cup"
+    for i in range(3):
+        write_recording(task, i, n=5, seed=i, **SMALL)
+    write_recording(task.with_name("monday"), 0, n=5, seed=7, **SMALL)
+    (task / "2.hdf5").unlink()
+    asked = {"output__strip_metadata": True}
+    out = tmp_path / "out"
+    first = writer.export_trajectories(
+        settings(tmp_path / "bobs-kitchen", out, output__max_trajectories=1, **asked)
+    )
+    assert first.trajectories == 1
+    told = []
+    again = writer.export_trajectories(settings(tmp_path / "bobs-kitchen", out, **asked), tell=told.append)
+    assert again.path == first.path and again.trajectories == 3 and again.shards == 2
+    assert told == ["left out: alice_cup/2.mp4: no poses beside it (2.hdf5); download it again"]
+    assert dict(again.failed).keys() == {"alice_cup/2.mp4"}, "the user is told its name"
+    salt = tmp_path / "out.privacy-salt"
+    made_of = [t.id for t in ego2robot.iter_trajectories(str(tmp_path / "bobs-kitchen"))]
+    said = everything_said(out)
+    for secret in (*SECRETS, "2.hdf5", str(tmp_path), salt.read_text().strip(), *made_of):
+        assert secret not in said
+    strip = privacy.Stripper(privacy.salt_at(salt))
+    found = rows(again.path)
+    names = [f"{name}.mp4" for name in ("alice_cup/0", "alice_cup/1", "monday/0")]
+    assert [row["video"] for row in found] == [strip.video(name) for name in names]
+    assert [row["id"] for row in found] == [strip.clip(made) for made in made_of]
+    assert [row["task_name"] for row in found] == [
+        strip.pseudonym("task", name) for name in ("alice_cup", "alice_cup", "monday")
+    ]
+    assert {row["task"] for row in found} == {ATTRIBUTES["llm_description"]}
+    assert {row["data_source"] for row in found} == {again.path.name}
+    state = json.loads((again.path / "export.json").read_text())
+    assert state["failed"] == {strip.video("alice_cup/2.mp4"): "missing"}
+    assert f"In `{again.path.name}` recordings" in (out / "README.md").read_text()
+    write_recording(task, 2, n=5, seed=2, **SMALL)
+    third = writer.export_trajectories(settings(tmp_path / "bobs-kitchen", out, **asked))
+    assert third.trajectories == 4 and not third.failed
+    assert not json.loads((again.path / "export.json").read_text())["failed"]
+
+
+def test_pseudonyms_are_frozen_with_a_part_and_their_secret_is_needed_again(part, tmp_path, inline):
+    out = tmp_path / "out"
+    plain = {"dataset__dataset_name": "mine", "output__max_trajectories": 1}
+    asked = {**plain, "output__strip_metadata": True}
+    writer.export_trajectories(settings(part, out, **asked))
+    with pytest.raises(UserError, match="strip_metadata: True → None"):
+        writer.export_trajectories(settings(part, out, **plain))
+    salt = tmp_path / "out.privacy-salt"
+    kept = salt.read_text()
+    salt.unlink()
+    with pytest.raises(UserError, match=r"out\.privacy-salt: gone, .*put it back"):
+        writer.export_trajectories(settings(part, out, output__strip_metadata=True))
+    assert not salt.exists()
+    salt.write_text("ab" * 16)
+    with pytest.raises(UserError, match=r"out\.privacy-salt: another one, .*put it back"):
+        writer.export_trajectories(settings(part, out, output__strip_metadata=True))
+    salt.write_text(kept)
+    command = ["export", "trajectories", str(part), str(out), "--strip-metadata", "--max-trajectories=2"]
+    done = CliRunner().invoke(cli.app, [*command, "--dataset.dataset_name=mine"])
+    assert done.exit_code == 0 and "2 trajectories" in done.output, done.output
+    other = writer.export_trajectories(settings(part, tmp_path / "other", **plain))
+    assert "pseudonyms" not in (tmp_path / "other" / "README.md").read_text() and other.trajectories == 1
+    assert not (tmp_path / "other.privacy-salt").exists()
+
+
+def test_spans_of_a_video_have_its_pseudonym(tmp_path, monkeypatch, inline):
+    monkeypatch.setitem(SOURCES, "manifest", Annotated())
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "a.mp4", 60, 160, 90)
+    asked = {"dataset__kind": "manifest", "output__strip_metadata": True}
+    result = writer.export_trajectories(settings(tmp_path / "in", tmp_path / "out", **asked))
+    video = privacy.Stripper(privacy.salt_at(tmp_path / "out.privacy-salt")).video("a.mp4")
+    spans = {row["video"]: row["task_name"] for row in rows(result.path)}
+    assert spans == {f"{video} [0.20–0.60 s]": "first", f"{video} [1.00–1.50 s]": "second"}
+    again = writer.export_trajectories(settings(tmp_path / "in", tmp_path / "out", **asked))
+    assert again.trajectories == 2 and again.shards == 1
 
 
 def test_an_export_goes_on_after_a_kill_with_the_rows_of_an_undisturbed_one(part, tmp_path, inline):

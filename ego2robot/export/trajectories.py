@@ -28,8 +28,18 @@ import pyarrow.parquet as pq
 from ego2robot import __version__
 from ego2robot.errors import UserError, VideoError
 from ego2robot.export import privacy
+from ego2robot.export.privacy import Stripper
 from ego2robot.export.trajectories_config import Settings
-from ego2robot.export.trajectories_folder import NAME, RESERVED, STATE, check_folder, read_state, write_card
+from ego2robot.export.trajectories_folder import (
+    NAME,
+    RESERVED,
+    STATE,
+    check_folder,
+    mark,
+    read_state,
+    stripper,
+    write_card,
+)
 from ego2robot.export.video import Codec, encode_episode
 from ego2robot.jobs.pool import Pool
 from ego2robot.progress import Progress, Show, Tell, paced
@@ -45,6 +55,7 @@ TIMEOUT_S = 600.0
 CODEC = Codec("h264", "libx264", {"crf": "22.5", "preset": "faster"})
 GOP = 250
 SHARD = re.compile(r"train-(\d{5,})\.parquet")
+NAMED = re.compile(r"(.*?)( \[[\d.]+–[\d.]+ s\])?", re.DOTALL)  # a video, and the span: ``Episode.name``
 
 FLOATS = pa.list_(pa.field("item", pa.float32()))
 SCHEMA = pa.schema(
@@ -93,6 +104,9 @@ class Exported:
 def export_trajectories(settings: Settings, show: Show | None = None, tell: Tell | None = None) -> Exported:
     """Writes a dataset's trajectories as one part of a folder; the same call again goes on.
 
+    With ``output.strip_metadata`` the part says neither how recordings are called nor how their folders are;
+    ``tell`` and the result still do.
+
     Args:
         show: told how far it is. ``tell``: a line for each file that fails, as it does.
 
@@ -100,18 +114,20 @@ def export_trajectories(settings: Settings, show: Show | None = None, tell: Tell
         UserError: the source is not there, the folder is something else's, in use, or holds the part made
             by other settings; or there is not one trajectory.
     """
-    out, name = Path(settings.output.output_dir).expanduser(), settings.part_name
-    if not NAME.fullmatch(name) or name in RESERVED:
-        raise UserError(
-            f"dataset.dataset_name={name!r}: a name of small letters, digits, dots, dashes and underscores"
-        )
+    out = Path(settings.output.output_dir).expanduser()
     check_folder(out)
-    if settings.output.blur_faces:
-        privacy.require_networks()
     try:
+        strip = stripper(out) if settings.output.strip_metadata else None
+        settings = _without_folder(settings, strip)
+        name = settings.part_name
+        if not NAME.fullmatch(name) or name in RESERVED:
+            letters = "small letters, digits, dots, dashes and underscores"
+            raise UserError(f"dataset.dataset_name={name!r}: a name of {letters}")
+        if settings.output.blur_faces:
+            privacy.require_networks()
         (out / name).mkdir(parents=True, exist_ok=True)
         with _alone(out / name):
-            part = _Part(out / name, settings)
+            part = _Part(out / name, settings, strip)
             part.fill(show or (lambda _: None), tell or (lambda _: None))
         exported = part.exported()
         if not exported.trajectories:
@@ -130,14 +146,21 @@ def export_trajectories(settings: Settings, show: Show | None = None, tell: Tell
     return exported
 
 
+def _without_folder(settings: Settings, strip: Stripper | None) -> Settings:
+    """Where a part would be called after the folder of its source, the folder's pseudonym takes its place."""
+    if strip is None or settings.dataset.dataset_name:
+        return settings
+    return settings.called(strip.pseudonym(settings.dataset.kind, settings.part_name))
+
+
 # -- one part -------------------------------------------------------------------------------------
 
 
 class _Part:
     """A part that is being filled: rows wait in the order of the source until a shard is full."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, settings: Settings, strip: Stripper | None) -> None:
+        self.folder, self.settings, self.strip = folder, settings, strip
         self.shards = _shards(folder)
         self.rows = self.frames = 0
         self.actions: Counter[int] = Counter()  # trajectories by number of actions
@@ -146,7 +169,8 @@ class _Part:
         self.done: set[str] = set()
         self.ids: set[str] = set()
         state = read_state(folder) or {}
-        self.failed: dict[str, str] = state.get("failed", {})
+        self.earlier: dict[str, str] = state.get("failed", {})  # what failed at earlier starts, as written
+        self.failed: dict[str, VideoError] = {}  # at this one
         self.covered: int | None = state.get("covered", 0) if settings.output.blur_faces else None
         self._waiting: list[dict[str, Any]] = []
         self._bytes = 0
@@ -164,22 +188,22 @@ class _Part:
         most = self.settings.output.max_trajectories
         if most is not None and self.rows >= most:
             return
-        before, self.failed = self.failed, {}  # tried again
+        before, self.earlier = self.earlier, {}  # tried again
         told = _paced(show, most or 0, self.rows)
         with closing(self._results()) as results:
             for found in results:
                 if not isinstance(found, VideoError) and found["id"] in self.ids:
                     cause = "has the same bytes as another one"
-                    found = VideoError(found["video"], cause, "remove one of them", "duplicate")  # noqa: PLW2901
+                    found = VideoError(found["name"], cause, "remove one of them", "duplicate")  # noqa: PLW2901
                 if isinstance(found, VideoError):
-                    self.failed[found.name] = str(found)
+                    self.failed[found.name] = found
                     tell(f"left out: {found}")
                     continue
                 self._add(found)
                 told(self.rows)
                 if most is not None and self.rows >= most:
                     # Not everything was looked at again.
-                    self.failed = {n: e for n, e in before.items() if n not in self.done} | self.failed
+                    self.earlier = {n: e for n, e in before.items() if n not in self.done}
                     break
         self._flush()
         self._write_state(complete=True)
@@ -193,7 +217,7 @@ class _Part:
             len(shards),
             sum(shard.stat().st_size for shard in shards),
             self.covered,
-            sorted(self.failed.items()),
+            sorted((self.earlier | {name: str(error) for name, error in self.failed.items()}).items()),
             self._warnings(),
         )
 
@@ -222,9 +246,9 @@ class _Part:
         def tasks() -> Iterator[Episode | None]:
             for found in episodes(path, choice):
                 name = found.name
-                if name in seen:
+                if (told := told_name(name, self.strip)) in seen:
                     continue
-                seen.add(name)
+                seen.add(told)
                 if isinstance(found, VideoError):
                     ready[name] = found
                 order.append(name)
@@ -234,7 +258,7 @@ class _Part:
                 while len(ready) > AHEAD:
                     yield None
 
-        pool = Pool(_reading, (self.settings,), self.settings.workers, TIMEOUT_S, idle_s=0.5)
+        pool = Pool(_reading, (self.settings, self.strip), self.settings.workers, TIMEOUT_S, idle_s=0.5)
         with closing(pool.run(tasks())) as events:
             for event in events:
                 if event.kind in ("item", "error"):
@@ -316,41 +340,60 @@ class _Part:
             "without_actions": self.actions.get(0, 0),
             "with_unknown_actions": self.with_gaps,
             **({} if self.covered is None else {"covered": self.covered}),
-            "failed": self.failed,
+            **({} if self.strip is None else {"pseudonyms": mark(self.strip)}),
+            "failed": self.earlier | dict(self._written(error) for error in self.failed.values()),
         }
         atomic.write_json(self.folder / STATE, state)
 
+    def _written(self, error: VideoError) -> tuple[str, str]:
+        """A failure as the part says it; a message may tell of other files, so only its kind is kept."""
+        name = told_name(error.name, self.strip)
+        return (name, str(error)) if self.strip is None else (name, error.kind)
 
-def _reading(settings: Settings) -> Callable[[Episode], Iterator[dict[str, Any]]]:
+
+def told_name(name: str, strip: Stripper | None) -> str:
+    """An episode's name as the part says it: of a span, the video's is what becomes a pseudonym."""
+    if strip is None:
+        return name
+    match = NAMED.fullmatch(name)
+    assert match is not None
+    return strip.video(match[1]) + (match[2] or "")
+
+
+def _reading(settings: Settings, strip: Stripper | None) -> Callable[[Episode], Iterator[dict[str, Any]]]:
     """The work of a child: an episode to a row."""
     choice, path = settings.choice, settings.dataset.dataset_path
 
     def work(episode: Episode) -> Iterator[dict[str, Any]]:
-        yield row_of(read(episode, path, choice), settings)
+        yield row_of(read(episode, path, choice), settings, strip)
 
     return work
 
 
-def row_of(t: TaskTrajectory, settings: Settings) -> dict[str, Any]:
-    """A trajectory as a row of :data:`SCHEMA`, and in how many of its frames faces were covered."""
-    rate = settings.output.fps
+def row_of(t: TaskTrajectory, settings: Settings, strip: Stripper | None = None) -> dict[str, Any]:
+    """A trajectory as a row of :data:`SCHEMA`; and its own name, and in how many of its frames faces were
+    covered."""
+    rate, task_name = settings.output.fps, t.task_name
+    if strip and task_name != t.task:  # a folder's name, or a field of the source
+        task_name = strip.pseudonym("task", task_name)
     return {
-        "id": t.id,
+        "id": strip.clip(t.id) if strip else t.id,
         "task": t.task,
         "frames": encode_episode(t.frames, rate, CODEC, GOP),
         "actions": t.actions.tolist() if t.actions.shape[1] else [],
         "fps": float(rate),
         "source": t.source,
         "data_source": settings.part_name,
-        "task_name": t.task_name,
+        "task_name": task_name,
         "is_robot": t.is_robot,
         "quality_label": t.quality_label,
         "preference_group_id": t.preference_group_id,
         "preference_rank": t.preference_rank,
         "partial_success": None,
-        "video": t.name,
+        "video": told_name(t.name, strip),
         "source_fps": t.fps,
         "timestamps": t.times_s.tolist(),
+        "name": t.name,
         "covered": t.covered,
     }
 

@@ -41,7 +41,8 @@ OrAll = Annotated[PositiveInt | None, BeforeValidator(_all)]  # -1 and null: all
 
 @section
 class Dataset:
-    """``dataset_name``: of the part in the folder; by default the kind and the last folder of the path."""
+    """``dataset_name``: of the part in the folder; by default the kind and the last folder of the path, or
+    with ``output.strip_metadata`` that folder's pseudonym."""
 
     dataset_path: str = ""
     dataset_name: str | None = None
@@ -62,6 +63,7 @@ class Output:
     fps: Annotated[int, Field(ge=1, le=240)] = 30  # at which the few frames play; times are kept beside them
     use_video: Annotated[bool, _must(True, "frames are always the bytes of an mp4")] = True
     blur_faces: bool = False  # cover the faces that are found
+    strip_metadata: bool = False  # pseudonyms for names of recordings and their folders
     num_workers: Annotated[int, Field(ge=-1, le=1024)] = -1  # processes; -1: one a core
 
 
@@ -86,6 +88,11 @@ class Settings:
         last = re.sub(r"[^a-z0-9_.-]+", "_", Path(self.dataset.dataset_path).name.lower()).strip("._-")
         return f"{self.dataset.kind}_{last}".rstrip("_")[:96]
 
+    def called(self, name: str) -> Settings:
+        """These settings with a name for the part."""
+        dataset = {**vars(self.dataset), "dataset_name": name}
+        return ADAPTER.validate_python({"dataset": dataset, "output": self.output, "hub": self.hub})
+
     @property
     def choice(self) -> Choice:
         d, o = self.dataset, self.output
@@ -109,6 +116,7 @@ class Settings:
             "size": size,
             "fps": o.fps,
             "blur_faces": o.blur_faces or None,  # None: as before there was a choice
+            "strip_metadata": o.strip_metadata or None,
         }
 
 

@@ -12,6 +12,7 @@ import yaml
 from ego2robot import __version__
 from ego2robot.errors import UserError
 from ego2robot.export.card import license_of
+from ego2robot.export.privacy import SALT_FILE, Stripper, salt_at
 from ego2robot.store import atomic
 from ego2robot.trajectories import ACTION_NAMES
 
@@ -55,6 +56,30 @@ def check_folder(out: Path) -> None:
         raise UserError(f"{out}: holds something else ({others[0]}); choose another folder")
 
 
+def stripper(out: Path) -> Stripper:
+    """What names become in all parts of a folder. Its secret lies beside ``out``, not in what is published.
+
+    Raises:
+        UserError: parts were made with another secret, or with one that is gone.
+    """
+    out = out.resolve()
+    path = out.with_name(f"{out.name}.{SALT_FILE}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made_with = {s["pseudonyms"] for s in (parts(out) if out.is_dir() else {}).values() if "pseudonyms" in s}
+    strip = None if made_with and not path.exists() else Stripper(salt_at(path))
+    if strip is None or made_with - {mark(strip)}:
+        raise UserError(
+            f"{path}: {'gone' if strip is None else 'another one'}, but parts of {out.name} have pseudonyms "
+            "that were made with it; put it back, or choose another folder"
+        )
+    return strip
+
+
+def mark(strip: Stripper) -> str:
+    """Tells a secret from others without telling it."""
+    return strip.pseudonym("salt", "")
+
+
 def write_card(out: Path) -> None:
     """README.md, whose head tells ``datasets`` which parts there are, and the provenance beside it."""
     found = parts(out)
@@ -94,6 +119,17 @@ def _covered(found: dict[str, dict[str, Any]]) -> str:
     return f"\nFaces that a detector found are covered, {each}. It misses some.\n"
 
 
+def _named(found: dict[str, dict[str, Any]]) -> str:
+    """What the card says of names."""
+    stripped = [f"`{name}`" for name, s in found.items() if s["settings"].get("strip_metadata")]
+    if not stripped:
+        return ""
+    return (
+        f"\nIn {', '.join(stripped)} recordings, and the folders that name their tasks, have pseudonyms; "
+        "`task` is as it was written. Pictures may tell more: this is no promise of anonymity.\n"
+    )
+
+
 def _text(found: dict[str, dict[str, Any]], license_: str | None) -> str:
     rows = "".join(
         f"| `{name}` | {s['settings']['kind']} | {s['trajectories']} | {s['frames']} "
@@ -117,7 +153,7 @@ camera's. NaN: not known. Other sources: their own actions, or none.
 
 `quality_label` is `successful` throughout: nobody judged it. `preference_group_id`, `preference_rank` and
 `partial_success` are empty. RFM's `lang_vector` is not here; it is an embedding of `task`.
-{_covered(found)}
+{_covered(found)}{_named(found)}
 ## Licence
 
 Of the recordings: {license_ or "not known to the exporter; see their source"}.
