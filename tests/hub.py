@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face hub: repositories of files, as much of its HTTP as an upload needs.
 
 Routes and fields as ``huggingface_hub`` 2.4 sends them without Xet: create, repo info, preupload, Git LFS
-batch and upload, commit, resolve.
+batch and upload, commit, resolve. Xet's own protocol is spoken by ``hf_xet`` alone, so :class:`XetSession`
+takes that library's place and leaves the same behind.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -37,6 +39,7 @@ class Hub:
     Attributes:
         uploads: sizes of objects that were really sent.
         fail: (method, part of a path, status): such requests fail, ``times`` more.
+        xet_breaks_after: batches of files that get through Xet before the connection is lost; None: all.
     """
 
     url: str = ""
@@ -45,6 +48,7 @@ class Hub:
     uploads: list[int] = field(default_factory=list)
     fail: tuple[str, str, int] | None = None
     times: int = 0
+    xet_breaks_after: int | None = None
     tokens_seen: set[str] = field(default_factory=set)
 
 
@@ -66,6 +70,57 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@dataclass
+class XetSession:
+    """What ``upload_folder`` asks of a session of ``hf_xet``: batches of files, each uploaded whole."""
+
+    hub: Hub
+
+    def new_upload_commit(self, **told: Any) -> _XetCommit:
+        return _XetCommit(self.hub)
+
+
+@dataclass
+class _XetFile:
+    """The handle of a file, and the account of it that ``result`` gives."""
+
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def xet_info(self) -> _XetFile:
+        return self
+
+    def result(self) -> _XetFile:
+        return self
+
+
+@dataclass
+class _XetCommit:
+    hub: Hub
+    files: list[_XetFile] = field(default_factory=list)
+
+    def start_upload_file(self, path: str, sha256: Any = None) -> _XetFile:
+        self.files.append(_XetFile(Path(path).read_bytes()))
+        return self.files[-1]
+
+    def wait_to_finish(self) -> None:
+        if self.hub.xet_breaks_after == 0:
+            raise ConnectionError("connection reset by peer")
+        if self.hub.xet_breaks_after is not None:
+            self.hub.xet_breaks_after -= 1
+        for file in self.files:
+            if file.sha256 not in self.hub.objects:
+                self.hub.objects[file.sha256] = file.data
+                self.hub.uploads.append(len(file.data))
+
+    def abort(self) -> None:
+        self.files.clear()
 
 
 class _Handler(BaseHTTPRequestHandler):

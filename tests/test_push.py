@@ -14,7 +14,6 @@ import huggingface_hub
 import huggingface_hub.constants as hub_constants
 import pytest
 import yaml
-from huggingface_hub.utils import filter_repo_objects
 from typer.testing import CliRunner
 
 from ego2robot import cli, config
@@ -22,7 +21,7 @@ from ego2robot.errors import UserError
 from ego2robot.export import card, hub
 from ego2robot.export.card import Facts
 from ego2robot.export.licences import LICENCES, forbids_derivatives
-from tests.hub import TOKEN, Hub, serving
+from tests.hub import TOKEN, Hub, XetSession, serving
 
 REPO = "me/hands"
 
@@ -120,22 +119,68 @@ def test_an_interrupted_push_goes_on_where_it_was(store: Hub, tmp_path: Path) ->
     assert len(store.uploads) == 3 and "README.md" in store.repositories[REPO].files
 
 
-def test_the_hubs_own_upload_of_large_folders_gets_the_same_files(
-    store: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With Xet, which no stand-in speaks, the library streams the folder: what it is told is checked."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(hub, "_has_large_folder_upload", lambda: True)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **told: asked.append(told))
+@pytest.fixture
+def xet(store: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The library as it is by default: it streams a folder through Xet, here in commits of 20 files."""
+    pipeline = pytest.importorskip("huggingface_hub._upload_pipeline")
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(pipeline, "get_xet_session", lambda: XetSession(store))
+    monkeypatch.setattr(pipeline, "INITIAL_COMMIT_SIZE_INDEX", 0)
+    return store
+
+
+def test_a_large_folder_goes_on_after_the_commit_that_an_interruption_left(xet: Hub, tmp_path: Path) -> None:
     folder = dataset(tmp_path / "d")
     (folder / ".lock").touch()
+    for i in range(46):
+        (folder / f"data/chunk-000/file-{i + 1:03d}.parquet").write_bytes(b"PAR1 %d" % i)
+    xet.xet_breaks_after = 1
+    with pytest.raises(UserError, match=r"no connection to the hub .*the same command again: it goes on"):
+        hub.push(hub.inspect(folder), REPO, TOKEN, part="one")
+    repository = xet.repositories[REPO]
+    before = set(repository.files)
+    assert len(before) == 20 and not any(name.endswith(("README.md", "info.json")) for name in before)
+    sent, xet.xet_breaks_after = len(xet.uploads), None
     hub.push(hub.inspect(folder), REPO, TOKEN, part="one")
-    ((told),) = asked
-    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    sent = set(filter_repo_objects(names, ignore_patterns=told["ignore_patterns"]))
-    described = {name.removeprefix("one/") for name in store.repositories[REPO].files}
-    assert told["repo_type"] == "dataset" and told["path_in_repo"] == "one" and told["folder_path"] == folder
-    assert sent | described == set(names) - {".lock"} and sent & described == set()
+    assert [len(added) for added, _ in repository.commits] == [20, 20, 10, 4]
+    assert not before & {name for added, _ in repository.commits[1:] for name in added}
+    assert sent == 20 and len(xet.uploads) == 49, "every file of bulk is sent once"
+    local = {"one/" + p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(repository.files) == local - {"one/.lock"} | {"README.md"}
+    assert set(repository.commits[-1][0]) == {
+        "README.md", "one/README.md", "one/meta/info.json", "one/meta/ego2robot.json"
+    }  # fmt: skip
+
+
+def test_no_error_of_a_large_folder_shows_the_token(
+    xet: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library logs that a commit of more than 20 files failed, and tries smaller ones."""
+    monkeypatch.setattr("huggingface_hub._upload_pipeline.INITIAL_COMMIT_SIZE_INDEX", 1)
+    folder = dataset(tmp_path / "d")
+    for i in range(46):
+        (folder / f"data/chunk-000/file-{i + 1:03d}.parquet").write_bytes(b"PAR1 %d" % i)
+    xet.fail, xet.times = ("POST", "/commit/", 403), 100
+    with pytest.raises(UserError, match="may not write there") as raised:
+        hub.push(hub.inspect(folder), REPO, TOKEN)
+    assert "Retrying in smaller chunks" in caplog.text
+    assert TOKEN not in str(raised.value) + caplog.text
+
+
+@pytest.mark.parametrize(("version", "streams"), [("0.36.2", 0), ("1.19.0", 0), ("1.20.1", 1), ("2.4.0", 1)])
+def test_a_library_that_would_send_a_large_folder_in_one_commit_is_not_asked_to(
+    version: str, streams: bool, xet: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(huggingface_hub, "__version__", version)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **told: asked.append(told))
+    folder = dataset(tmp_path / "d")
+    for path in (*folder.rglob("*.parquet"), *folder.rglob("*.mp4")):
+        path.unlink()  # a commit would send them by the real Xet
+    hub.push(hub.inspect(folder), REPO, TOKEN)
+    assert len(asked) == streams
+    assert ("meta/stats.json" in xet.repositories[REPO].files) != streams
 
 
 def test_a_private_repository_is_private_and_a_public_one_is_not_taken_for_it(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +22,7 @@ PROVENANCE = ("meta/ego2robot.json", "ego2robot.json")  # by the form of the dat
 # Said last, so that a dataset that is only half there is not taken for one.
 DESCRIBING = ("README.md", "meta/info.json", *PROVENANCE)
 LOCK = ".lock"  # an exporter's own; empty
-BATCH = 100  # files of a commit, where the hub is not asked by its own large-folder upload
+BATCH = 100  # files of a commit, where the library does not cut a large folder itself
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,63}")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_\-]{6,}")
@@ -224,7 +226,8 @@ def push(
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError("the token for the hub holds what no token can; run `hf auth login` again")
     try:
-        return _push(checked, repo, token, private, part, show, tell)
+        with _logged_without(token):
+            return _push(checked, repo, token, private, part, show, tell)
     except UserError as error:
         raise UserError(scrubbed(str(error), token)) from None
     # Whatever the libraries raise may quote a header: it is said without the token, or not at all.
@@ -274,8 +277,7 @@ def _send(
 ) -> None:
     """Uploads files, in as many commits as that takes."""
     message = f"ego2robot push: files of {part or 'the dataset'}"
-    if _has_large_folder_upload():
-        # Its own way for large folders: streamed, in several commits, resumed by what the hub has.
+    if _streams_folders(hub):
         show(Progress("uploading", 0, len(names), unit="files"))
         api.upload_folder(
             repo_id=repo,
@@ -293,11 +295,13 @@ def _send(
         api.create_commit(repo, some, repo_type="dataset", commit_message=message)
 
 
-def _has_large_folder_upload() -> bool:
-    """Whether ``upload_folder`` streams and commits in parts: huggingface_hub 2 with hf_xet, its default."""
+def _streams_folders(hub: Any) -> bool:
+    """Whether ``upload_folder`` uploads a large folder in several commits, and goes on where it was."""
     from huggingface_hub import constants
 
-    return importlib.util.find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
+    # Since 1.20 it does, and took the place of upload_large_folder, which asks for ever when it is refused.
+    recent = tuple(int(part) for part in hub.__version__.split(".")[:2]) >= (1, 20)
+    return recent and importlib.util.find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
 
 
 def _add(hub: Any, path: str, content: str | bytes) -> Any:
@@ -342,6 +346,24 @@ def scrubbed(text: str, token: str) -> str:
     for form in (token, repr(token)[1:-1]):
         text = text.replace(form, "hf_…") if form else text
     return _TOKEN.sub("hf_…", text)
+
+
+@contextmanager
+def _logged_without(token: str) -> Iterator[None]:
+    """What the library itself logs meanwhile is scrubbed too: it quotes what the hub answers."""
+
+    def scrub(record: logging.LogRecord) -> bool:
+        record.msg, record.args = scrubbed(record.getMessage(), token), ()
+        return True
+
+    handlers = logging.getLogger("huggingface_hub").handlers
+    for handler in handlers:
+        handler.addFilter(scrub)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(scrub)
 
 
 def _explained(error: Exception, repo: str, token: str) -> str:
