@@ -272,6 +272,42 @@ def test_peers_are_compared_with_our_own_time_and_decisions() -> None:
     assert theirs["same_decisions_as_ours"] == 0.5
 
 
+def test_a_peer_that_did_half_of_the_clips_is_compared_by_the_clip() -> None:
+    mine = {
+        "ours": {"all": {"seconds": 10.0}},
+        "decisions": {"a": True, "b": False, "c": True, "d": False},
+    }
+    theirs = {"seconds": 15.0, "decisions": {"a": {"kept": True}, "d": {"kept": True}}}
+    parts.against_peers(
+        {
+            "end_to_end": common.Outcome("end_to_end", 1.0, mine),
+            "ray": common.Outcome("ray", 1.0, theirs),
+        }
+    )
+    assert theirs["cpu_end_to_end_vs_ray"] == 3.0  # 15 s where we need 5
+    assert theirs["same_decisions_as_ours"] == 0.5
+
+
+def test_peers_get_whole_videos_half_of_every_codec_and_of_the_scenes() -> None:
+    pytest.importorskip("cv2")
+    import peers_daft
+
+    tasks = [
+        {"path": f"/footage/{codec}/ego_{number:03d}.mp4", "first": first}
+        for codec in ("h264", "hevc")
+        for number in range(4)
+        for first in (0, 36)
+    ]
+    few = peers_daft.share(tasks)
+    assert {task["path"] for task in few} == {
+        "/footage/h264/ego_000.mp4",
+        "/footage/h264/ego_002.mp4",
+        "/footage/hevc/ego_001.mp4",
+        "/footage/hevc/ego_003.mp4",
+    }
+    assert len(few) == len(tasks) // 2
+
+
 def test_the_chart_shows_every_ratio_of_every_machine(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write(tmp_path, "2026-01-01-box", dict.fromkeys(bench.RATIOS, 2.0))
