@@ -1,8 +1,9 @@
 """Does resident memory depend on the length of a video?
 
-Runs the whole curation on one short and one long generated video, each in a process of its own, and reads
-the memory of all its processes (summed proportional set size, so that shared pages count once) four times a
-second. The figure that matters is the ratio of the two peaks: 1 means flat.
+Runs the whole curation on one short generated video and on a long one, the short one's packets again and
+again in one file, each in a process of its own, and reads the memory of all its processes (summed
+proportional set size, so that shared pages count once) four times a second. The figure that matters is the
+ratio of the two peaks: 1 means flat.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import psutil
 from common import RESULTS, write_result
 
@@ -30,6 +33,22 @@ def proportional_bytes(process: psutil.Process) -> int:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total
+
+
+def repeat(video: Path, times: int, out: Path) -> None:
+    """``times`` times the packets of a video, one after the other, as one file."""
+    with av.open(str(out), "w") as made, av.open(str(video)) as first:
+        stream = made.add_stream_from_template(first.streams.video[0])
+        length = Fraction(first.duration or 0, av.time_base)
+        for k in range(times):
+            with av.open(str(video)) as again:
+                for packet in again.demux(again.streams.video[0]):
+                    if packet.pts is None or packet.dts is None or not packet.time_base:
+                        continue  # the demuxer's end mark
+                    shift = round(k * length / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = stream
+                    made.mux(packet)
 
 
 def run(footage: Path, run_dir: Path, workers: int, stride_s: float) -> dict[str, Any]:
@@ -85,14 +104,15 @@ def main() -> None:
     args = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        for name, minutes in (("short", args.short), ("long", args.long)):
-            footage = Path(scratch) / f"{name}-footage"
-            make_footage(footage, minutes=minutes, videos=1, video_minutes=minutes)
-            results[name] = {
-                "minutes": minutes,
-                **run(footage, Path(scratch) / f"{name}-run", args.workers, args.stride),
-            }
-            print(name, results[name], flush=True)
+        short, long = Path(scratch) / "short", Path(scratch) / "long"
+        make_footage(short, minutes=args.short, videos=1, video_minutes=args.short)
+        long.mkdir()
+        times = round(args.long / args.short)
+        repeat(short / "ego_000.mp4", times, long / "ego_000.mp4")
+        for footage, minutes in ((short, args.short), (long, times * args.short)):
+            measured = run(footage, Path(scratch) / f"{footage.name}-run", args.workers, args.stride)
+            results[footage.name] = {"minutes": minutes, **measured}
+            print(footage.name, results[footage.name], flush=True)
     ratio = results["long"]["peak_MiB"] / results["short"]["peak_MiB"]
     body = {"workers": args.workers, "stride_s": args.stride, **results, "ratio_of_peaks": round(ratio, 3)}
     path = write_result("memory", __doc__, body, ("torch", "av", "mediapipe"), args.out)
