@@ -2,6 +2,8 @@
 
 import json
 
+import av
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -11,8 +13,8 @@ from ego2robot.errors import VideoError
 from ego2robot.jobs.verify import verify
 from ego2robot.sources import SOURCES
 from ego2robot.types import Video
-from tests import hot3d_files, lerobot_v3
-from tests.footage import write_video
+from tests import egodex_files, hot3d_files, lerobot_v3
+from tests.footage import frame_number, write_video
 
 BASE = (
     "hands.detector=none",
@@ -46,6 +48,9 @@ def episodes(root):
             values = source.trajectory(video, times)
             found[n] = (values, span.meta.get("task"))
     return found
+
+
+TURNS = tuple(f"r{row}{column}" for column in (1, 2) for row in (1, 2, 3))
 
 
 def test_a_lerobot_dataset_that_is_curated_again_keeps_every_value(tmp_path):
@@ -100,6 +105,84 @@ def test_clips_of_hot3d_become_episodes_with_their_poses(tmp_path):
 
 def camera_at(s):
     return hot3d_files.headset(s) @ hot3d_files.T_DEVICE_CAMERA
+
+
+EGODEX = {
+    f"{side}.{ours}": side + theirs
+    for side in ("left", "right")
+    for ours, theirs in (
+        ("wrist", "Hand"),
+        ("thumb_tip", "ThumbTip"),
+        ("index_tip", "IndexFingerTip"),
+        ("middle_tip", "MiddleFingerTip"),
+        ("ring_tip", "RingFingerTip"),
+        ("little_tip", "LittleFingerTip"),
+    )
+}
+
+
+def column(T, axis):
+    """A number of each pose [T, 4, 4]: ``x`` to ``z``, or ``r<row><column>`` of the rotation."""
+    row, at = ("xyz".index(axis), 3) if axis in "xyz" else (int(axis[1]) - 1, int(axis[2]) - 1)
+    return T[:, row, at]
+
+
+@pytest.mark.parametrize("frame", ["camera", "world"])
+def test_recordings_of_egodex_become_episodes_with_the_numbers_of_their_hdf5(tmp_path, frame):
+    """By hand from the file, for the very frames that are in the dataset's pictures; what is broken beside
+    them is counted and named."""
+    task, small = tmp_path / "test" / "cup_shelf", {"drawn": False, "width": 160, "height": 90}
+    lengths = (70, 51)
+    for i, n in enumerate(lengths):
+        egodex_files.write_recording(task, i, n=n, seed=i, **small)
+    egodex_files.write_recording(task, 2, n=31, seed=2, **small).data.unlink()
+    egodex_files.write_recording(task, 3, n=31, seed=3, **small).video.unlink()
+    cut = egodex_files.write_recording(task, 4, n=31, seed=4, **small).data
+    cut.write_bytes(cut.read_bytes()[:5000])
+    egodex_files.write_recording(task, 5, n=31, seed=5, **small).video.write_bytes(b"no video")
+    size = ("frames.height=90", "frames.width=160", f"source.frame={frame}")
+    outcome = run("egodex", tmp_path / "test", tmp_path / "run", *size)
+    refused = {row["name"]: row["error_class"] for row in outcome.run.table("quarantine").to_pylist()}
+    assert refused == {
+        "cup_shelf/2.mp4": "missing",
+        "cup_shelf/3.hdf5": "missing",
+        "cup_shelf/4.hdf5": "truncated",
+        "cup_shelf/5.mp4": "not_a_video",
+    }
+    assert outcome.run.counts("clips") == {"kept": 2} and outcome.export.episodes == 2
+    root = outcome.export.path
+    info = json.loads((root / "meta" / "info.json").read_text())
+    names = {key: info["features"][key]["names"] for key in ("observation.state", "action")}
+    assert (len(names["observation.state"]), len(names["action"])) == (69, 57)
+    data = pq.read_table(next((root / "data").rglob("*.parquet"))).to_pydict()
+    with av.open(str(next((root / "videos").rglob("*.mp4")))) as container:
+        pictures = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    shown = [frame_number(picture) for picture in pictures]
+    for i, n in enumerate(lengths):
+        rows = np.flatnonzero(np.array(data["episode_index"]) == i)
+        at = np.arange(0, n, egodex_files.FPS // 6)
+        assert [shown[row] - 128 * i for row in rows] == at.tolist()
+        state, action = ({name: np.array(data[key], np.float32)[rows, k] for k, name in enumerate(some)}
+                         for key, some in names.items())  # fmt: skip
+        following = np.append(at[1:], at[-1])
+        with h5py.File(task / f"{i}.hdf5") as file:
+            camera = file["transforms/camera"][:].astype(float)
+            seen_from = np.linalg.inv(camera[at]) if frame == "camera" else np.eye(4)
+            for ours, theirs in EGODEX.items():
+                joint = file[f"transforms/{theirs}"][:].astype(float)
+                assert state.pop(f"{ours}.confidence").tolist() == file[f"confidences/{theirs}"][at].tolist()
+                for axis in ("x", "y", "z", *TURNS) if ours.endswith("wrist") else "xyz":
+                    now, then = (column(seen_from @ joint[k], axis) for k in (at, following))
+                    assert state.pop(f"{ours}.{axis}") == pytest.approx(now, abs=1e-6)
+                    assert action.pop(f"{ours}.{axis}") == pytest.approx(then, abs=1e-6)
+        for axis in ("x", "y", "z", *TURNS):
+            assert state.pop(f"camera.{axis}").tolist() == column(camera[at], axis).tolist()
+            then = column(seen_from @ camera[following], axis)
+            assert action.pop(f"camera.{axis}") == pytest.approx(then, abs=1e-6)
+        assert not state and not action
+    assert np.array(data["observation.known"]).min() == 1
+    tasks = pq.read_table(root / "meta" / "tasks.parquet").to_pydict()
+    assert egodex_files.ATTRIBUTES["llm_description"] in str(tasks)
 
 
 def test_actions_of_epic_kitchens_become_clips_with_their_narrations(tmp_path):
