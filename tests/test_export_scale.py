@@ -96,20 +96,26 @@ def check_pointers(out: Path, sources: Mapping[str, np.ndarray]) -> list[dict[st
     return rows
 
 
-def test_any_number_of_workers_and_shards_give_the_same_bytes(videos: list[Path], tmp_path: Path) -> None:
+def test_any_number_of_workers_and_shards_give_the_same_bytes(
+    videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to eight processes, each of which has something to do: 12 units, and several files of each kind."""
+    monkeypatch.setattr(lerobot, "MIN_UNIT_S", 2.0)
     run, units = make_run(tmp_path / "run", videos)
-    export_lerobot(run, tmp_path / "alone", 50, codec="h264")
-    export_lerobot(run, tmp_path / "three", 50, codec="h264", workers=3)
-    left = [export_lerobot_shard(run, tmp_path / "shards", 50, Shard(i, 3), codec="h264") for i in (2, 0, 1)]
-    assert left == [4, 2, 0] and not (tmp_path / "shards").exists()
+    options: dict[str, Any] = {"codec": "h264", "limits": Limits(data_bytes=12_000)}
+    export_lerobot(run, tmp_path / "alone", 50, **options)
+    export_lerobot(run, tmp_path / "eight", 50, **options, workers=8)
+    left = [export_lerobot_shard(run, tmp_path / "shards", 50, Shard(i, 3), **options) for i in (2, 0, 1)]
+    assert left == [8, 4, 0] and not (tmp_path / "shards").exists()
     told: list[tuple[int, int]] = []
-    export_lerobot(run, tmp_path / "shards", 50, codec="h264", progress=lambda *a: told.append(a))
+    export_lerobot(run, tmp_path / "shards", 50, **options, progress=lambda *a: told.append(a))
     assert told == [(12, 12)], "what the shards have done is not done again"
-    again = export_lerobot_shard(run, tmp_path / "shards", 50, Shard(1, 3), codec="h264")
+    again = export_lerobot_shard(run, tmp_path / "shards", 50, Shard(1, 3), **options)
     assert again == 0, "a shard that starts after the end does nothing again"
     expected = contents(tmp_path / "alone")
-    assert sum(name.endswith(".mp4") for name in expected) == 6
-    for other in ("three", "shards"):
+    assert sum(name.endswith(".mp4") for name in expected) == 12
+    assert min(sum(name.startswith(kind) for name in expected) for kind in ("data/", "meta/episodes/")) > 2
+    for other in ("eight", "shards"):
         found = contents(tmp_path / other)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
