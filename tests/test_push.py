@@ -34,6 +34,9 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             monkeypatch.delenv(name, raising=False)
         template = hub_constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub_constants.ENDPOINT, served.url)
         monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Before 1.0 the module that downloads keeps a copy of its own.
+        downloads = "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE"
+        monkeypatch.setattr(downloads, template, raising=False)
         monkeypatch.setattr(hub_constants, "ENDPOINT", served.url)
         monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
