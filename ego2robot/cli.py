@@ -17,6 +17,7 @@ import typer.core
 
 from ego2robot import __version__, config
 from ego2robot.errors import UserError, VideoError
+from ego2robot.jobs import pool
 
 EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, EXIT_FOUND = 130, 143, 2, 1
 MOST_WORKERS = 16  # that `status` lists
@@ -122,6 +123,8 @@ def run(
     cfg = config.load(recipe, [*(overrides or ()), *mode, *_gpus(gpus)])
     if gpus is not None and cfg.device == "cpu":
         raise UserError(f"--gpus {gpus}: the recipe says device=cpu; leave out one of the two")
+    if cfg.device == "cpu" or not Path("/dev/nvidiactl").exists():  # on a GPU children are no forks
+        pool.warm()
     from ego2robot import pipeline
     from ego2robot.console import display, funnel_text
     from ego2robot.report import funnel
@@ -321,6 +324,8 @@ def export_lerobot(
     strip_metadata: StripOption = False,
 ) -> None:
     """Write a LeRobot v3.0 dataset from a run's kept clips. Again: goes on where it was interrupted."""
+    if workers != 0:
+        pool.warm("ego2robot.export.lerobot_unit")
     from ego2robot.console import display
     from ego2robot.export.lerobot import export_lerobot as export
     from ego2robot.export.lerobot import export_lerobot_shard
@@ -372,6 +377,8 @@ def export_webdataset(
     strip_metadata: StripOption = False,
 ) -> None:
     """Write kept clips as WebDataset shards: an MP4 and a JSON each. Without --top all of them."""
+    if workers != 0:
+        pool.warm("ego2robot.export.clips")
     from ego2robot.console import display
     from ego2robot.export.webdataset import export_webdataset as export
     from ego2robot.export.webdataset import export_webdataset_shard
@@ -407,6 +414,8 @@ def export_parquet(
     strip_metadata: StripOption = False,
 ) -> None:
     """Write kept clips as MP4 files with a Parquet table of them. Without --top all of them."""
+    if workers != 0:
+        pool.warm("ego2robot.export.clips")
     from ego2robot.console import display
     from ego2robot.export.clips_parquet import export_parquet as export
     from ego2robot.export.clips_parquet import export_parquet_shard
@@ -452,6 +461,7 @@ def export_trajectories(
     ] = None,
 ) -> None:
     """Write trajectories for reward models (RFM, Robometer). Again: goes on; another name: another part."""
+    pool.warm("ego2robot.export.trajectories")
     from ego2robot.export import trajectories_config
 
     places, overrides = trajectories_config.flags(arguments or ())

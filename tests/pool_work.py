@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -57,3 +58,12 @@ def impossible():
 
 def broken():
     os._exit(9)
+
+
+def imported():
+    """Yields whether the module of a task's name is there already."""
+
+    def work(task):
+        yield task[0] in sys.modules
+
+    return work

@@ -1,5 +1,8 @@
+import subprocess
+import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import psutil
 import pytest
@@ -125,3 +128,38 @@ def test_tasks_may_come_later_and_the_consumer_hears_of_the_waiting(tmp_path):
     events = list(Pool(pool_work.counting, (str(tmp_path),), n=1, idle_s=0.02).run(given))
     assert [e.task[0] for e in events if e.kind == "done"] == ["fine", "empty"]
     assert any(e.kind == "idle" and e.task is None for e in events)
+
+
+def in_a_process_of_its_own(script, *arguments):
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100, check=True
+    )
+    return done.stdout.split()
+
+
+def test_what_was_warmed_is_there_when_a_child_begins():
+    script = """
+import sys
+from ego2robot.jobs import pool
+from tests import pool_work
+
+if sys.argv[1] == "warm":
+    pool.warm("colorsys")
+events = pool.Pool(pool_work.imported, (), n=1).run([("colorsys",), ("ego2robot.jobs.worker",)])
+print(*(event.value for event in events if event.kind == "item"))
+"""
+    assert in_a_process_of_its_own(script, "warm") == ["True", "True"]
+    assert in_a_process_of_its_own(script, "cold") == ["False", "True"]
+
+
+def test_a_process_that_only_warmed_does_not_wait_for_it(tmp_path, monkeypatch):
+    (tmp_path / "never_imported.py").write_text("import time\n\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    script = """
+from ego2robot.jobs import pool
+
+pool.warm("never_imported")
+print("ended")
+"""
+    assert in_a_process_of_its_own(script) == ["ended"]

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -276,14 +277,35 @@ class _Todo:
 
 
 @functools.cache
-def _forkserver() -> Any:
-    """Where children are forked from; it ends with this process, so that its CPU time counts as ours."""
+def warm(*modules: str) -> None:
+    """Begins to import what children need, and ``modules``, in the process that they will be forked from.
+
+    Called first thing, that happens on another core while this process imports things of its own.
+    """
+    _forkserver(*modules)
+    # It ignores Ctrl-C once it has imported; until then a traceback would come of it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _forkserver(*modules: str) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    stop = getattr(multiprocessing.forkserver._forkserver, "_stop", None)  # type: ignore[attr-defined]
-    if stop:
-        atexit.register(stop)
+    context.set_forkserver_preload([*PRELOADED, *modules])
+    atexit.register(_end_forkserver)
     return context
+
+
+def _end_forkserver() -> None:
+    """It ends with this process, so that its CPU time counts as ours; at once, even while it imports."""
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    pid, stop = getattr(server, "_forkserver_pid", None), getattr(server, "_stop", None)
+    if pid and stop:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        stop()
 
 
 class _Child:
