@@ -574,6 +574,11 @@ def test_a_run_in_which_nothing_happened_has_a_page(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+NO_SKILLS = {"embedding": None, "weights": None, "random": False, "k": 0, "requested_k": 10, "n_clips": 0,
+             "silhouette": None, "stability": None, "imbalance": None, "projections": [],
+             "warnings": ["nothing to cluster"], "skills": []}  # fmt: skip
+
+
 def test_a_run_that_kept_nothing_says_so(tmp_path: Path) -> None:
     built = start(tmp_path / "run")
     path = write_video(tmp_path / "still.mp4", 3 * FPS)
@@ -581,24 +586,25 @@ def test_a_run_that_kept_nothing_says_so(tmp_path: Path) -> None:
     built.write_plan()
     reason = "motion below 0.1"
     built.commit([built.row(unit, 0, motion=0.0, hand_visibility=None, decision="dropped", reason=reason)])
-    empty = {"embedding": None, "weights": None, "random": False, "k": 0, "requested_k": 10, "n_clips": 0,
-             "silhouette": None, "stability": None, "imbalance": None, "projections": [],
-             "warnings": ["nothing to cluster"], "skills": []}  # fmt: skip
-    atomic.write_json(built.run.path / "skills" / "skills.json", empty)
+    atomic.write_json(built.run.path / "skills" / "skills.json", NO_SKILLS)
     page = read(write_report(built.run))
     assert "No clip was kept" in page.text and "nothing to cluster" in page.text
     assert "There was nothing to cluster" in page.text
     assert frame_number(page.picture(page.card("dropped", 0))) == FPS
 
 
-def test_kept_clips_are_shown_before_there_are_skills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clustered", [False, True])
+def test_kept_clips_are_shown_where_there_are_no_skills(clustered: bool, tmp_path: Path) -> None:
     built = start(tmp_path / "run")
     path = write_video(tmp_path / "a.mp4", 5 * FPS)
     unit = built.plan(path, "a.mp4", 2, 320, 180, 5 * FPS)
     built.write_plan()
     built.commit([built.row(unit, 0), built.row(unit, CLIP_FRAMES)])
+    if clustered:  # without embeddings
+        atomic.write_json(built.run.path / "skills" / "skills.json", NO_SKILLS)
     page = read(write_report(built.run))
-    assert "2 of 2" in page.text and "No skills yet" in page.text
+    assert "2 of 2" in page.text
+    assert ("nothing to cluster" if clustered else "No skills yet") in page.text
     # Nobody found a hand in them: the middle frame, without landmarks.
     assert {frame_number(page.picture(page.card("kept", i))) for i in (0, 1)} == {FPS, 3 * FPS}
 

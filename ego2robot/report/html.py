@@ -41,7 +41,8 @@ def render(run: RunDir, progress: Progress | None = None) -> str:
     survey = scan(run)
     gate = thresholds(run)
     skills = Skills.read(run)
-    kept = skills.spread(N_KEPT) if skills else survey.kept.keys
+    # Where nothing was clustered there are skills, but of no clip.
+    kept = (skills.spread(N_KEPT) if skills else []) or survey.kept.keys
     dropped = round_robin([group.keys for _, group in sorted(survey.dropped.items())], N_DROPPED)
     wanted = list(dict.fromkeys([*kept, *dropped, *(skills.examples() if skills else [])]))
     failed = list(survey.failed.keys)
