@@ -167,18 +167,25 @@ class Embedders:
 # -- the stages -----------------------------------------------------------------------------------
 
 _job: Job
+_together: Any
 _model: Any = None
 
 
-def _prepare(job: Job, make: Callable[[Job], Any] | None, loaded: Any) -> None:
-    """Of a worker process: threads, and the one model of its stage."""
-    global _job, _model  # noqa: PLW0603 — how multiprocessing's initializers hand things over
+def _prepare(job: Job, together: Any) -> None:
+    """Of a worker process: threads, and what it waits for its fellows with."""
+    global _job, _together
     if not job.as_reference:
         cv2.setNumThreads(1)
         torch.set_num_threads(1)
-    _job = job
-    _model = make(job) if make else None
-    loaded.wait()  # until every process has loaded its model
+    _job, _together = job, together
+
+
+def _load(make: Callable[[Job], Any] | None) -> None:
+    """Loads the one model of the next stage; returns when every process has its own."""
+    global _model  # noqa: PLW0603
+    _model = None  # that of the stage before goes first
+    _model = make(_job) if make else None
+    _together.wait()
 
 
 def _stack(clip_id: str) -> Path:
@@ -227,30 +234,46 @@ def _load_clip(job: Job) -> Embedders:
     return Embedders(job.seed, ["clip"])
 
 
-def stage(
-    job: Job,
-    work: Callable[[Task], Any],
-    tasks: Sequence[Task],
-    make: Callable[[Job], Any] | None = None,
-) -> tuple[list[Any], float, float]:
-    """One stage over some clips: its answers, the seconds since its processes were ready, CPU seconds."""
-    spawn = multiprocessing.get_context("spawn")
-    loaded = spawn.Barrier(job.processes + 1)
-    with spawn.Pool(job.processes, _prepare, (job, make, loaded)) as pool:
-        loaded.wait()
+class Workers:
+    """Processes that do one stage after the other; each begins when all have loaded its model."""
+
+    def __init__(self, job: Job) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._n = job.processes
+        self._pool = spawn.Pool(self._n, _prepare, (job, spawn.Barrier(self._n)))
+
+    def stage(
+        self,
+        work: Callable[[Task], Any],
+        tasks: Sequence[Task],
+        make: Callable[[Job], Any] | None = None,
+    ) -> tuple[list[Any], float, float]:
+        """One stage over some clips: its answers, the seconds since its model was loaded, CPU seconds."""
+        self._pool.map(_load, [make] * self._n, chunksize=1)
         began = time.perf_counter()
-        found = pool.map(partial(_timed, work), tasks, chunksize=1)
+        found = self._pool.map(partial(_timed, work), tasks, chunksize=1)
         seconds = time.perf_counter() - began
-    return [answer for answer, _ in found], seconds, sum(cpu for _, cpu in found)
+        return [answer for answer, _ in found], seconds, sum(cpu for _, cpu in found)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.terminate()
 
 
 def run(job: Job) -> dict[str, Any]:
     """Does the work. Seconds by stage, decisions by clip; vectors go to ``vectors.npz``."""
+    with Workers(job) as workers:
+        return _run(job, workers)
+
+
+def _run(job: Job, workers: Workers) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     cpu: dict[str, float] = {}
 
     def do(name: str, work: Callable[[Task], Any], tasks: Sequence[Task], make: Any = None) -> list[Any]:
-        answers, seconds[name], cpu[name] = stage(job, work, tasks, make)
+        answers, seconds[name], cpu[name] = workers.stage(work, tasks, make)
         return answers
 
     do("decode", _decode, job.tasks)
