@@ -9,9 +9,10 @@ Measured on one core (AMD Zen 5, 96 x 96 x 32 in float32), a picture's share of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 # What a layer reads and writes of so many pictures should fit: a core's own cache and a share of the next.
 _CACHE = 5 << 20
@@ -31,7 +32,7 @@ class Staged(nn.Module):
     def __init__(self, module: fx.GraphModule, example: torch.Tensor) -> None:
         super().__init__()
         with torch.inference_mode():
-            ShapeProp(module).propagate(example)
+            _Sizes(module).run(example)
         self.meta = dict(module.meta)
         (self._input,) = (node.name for node in module.graph.nodes if node.op == "placeholder")
         (output,) = (node for node in module.graph.nodes if node.op == "output")
@@ -81,10 +82,19 @@ def _groups(graph: fx.Graph) -> list[tuple[int, list[fx.Node]]]:
     return [(n, nodes[::-1]) for n, nodes in reversed(groups)]
 
 
+class _Sizes(fx.Interpreter):
+    """Notes how many bytes every tensor takes. torch's ShapeProp would import all of sympy for that."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        if isinstance(made, torch.Tensor):
+            n.meta["bytes"] = made.numel() * made.element_size()
+        return made
+
+
 def _size(node: fx.Node) -> int:
     """Bytes of a picture."""
-    about = node.meta["tensor_meta"]
-    return int(about.shape.numel()) * int(about.dtype.itemsize)
+    return int(node.meta["bytes"])
 
 
 def _stage(
