@@ -6,8 +6,9 @@ reference runs it (one process that converts every frame, on a quarter of the cl
 ratios without a further word are to; and ``parallel``, a process for every core, which nobody ships, as the
 most that could be made of it without another design. The clock starts when the models of the parent process
 are loaded and stops when the last row is written; the start of our worker processes and the loading of their
-hand networks is in our time. Ours takes turns around the staged way, and the mean of its turns counts.
-Beside the ratios by the clock are those by CPU time, which other work disturbs less.
+hand networks is in our time, but for what they import, which begins with the command. Ours comes before and
+after the staged way: with both embedders, then curation alone. Beside the ratios by the clock are those by
+CPU time, which other work disturbs less.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def job_for(run: RunDir, folder: Path, embed: bool, processes: int) -> dict[str,
     }
 
 
-# -- both, in turns -------------------------------------------------------------------------------
+# -- both -------------------------------------------------------------------------------
 
 
 def weights_bytes() -> int:
@@ -178,33 +179,33 @@ def scratch(name: str) -> Path:
     return folder
 
 
-def run(quick: bool, overrides: Sequence[str] = (), turns: int | None = None) -> dict[str, Any]:
-    """Both ways in turns; also leaves ``job.json`` in the cache, for the peers to do the same."""
+def run(quick: bool, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Both ways, one after the other; also leaves ``job.json`` in the cache, for the peers to do the same."""
     videos, folder = footage(quick), scratch("end-to-end")
     for path in sorted(videos.glob("*/*.mp4")):  # warm page cache
         path.read_bytes()
     cores = torch.get_num_threads()
     found: dict[str, list[dict[str, Any]]] = {"curation": [], "all": []}
-    staged: dict[str, Any] = {}
     peaks: dict[str, int] = {}
-    turns = turns or (1 if quick else 2)
-    for turn in range(turns):
-        for name in ("curation", "all") if turn == 0 else ("all",):
-            run_dir = folder / f"ours-{name}-{turn}"
-            job = {"footage": str(videos), "run_dir": str(run_dir), "embed": name == "all"}
-            with MemoryWatch() as memory:
-                found[name].append(call("end_to_end.py", {**job, "overrides": list(overrides)}, folder))
-            peaks[name] = max(peaks.get(name, 0), memory.peak)
-        if not staged:
-            planned = job_for(RunDir.open(folder / "ours-all-0"), folder, True, cores)
-            (CACHE / "job.json").write_text(json.dumps(planned), encoding="utf-8")
-            staged = call("staged.py", planned, folder)
+
+    def once(name: str) -> None:
+        run_dir = folder / f"ours-{name}"
+        job = {"footage": str(videos), "run_dir": str(run_dir), "embed": name == "all"}
+        with MemoryWatch() as memory:
+            found[name].append(call("end_to_end.py", {**job, "overrides": list(overrides)}, folder))
+        peaks[name] = max(peaks.get(name, 0), memory.peak)
+
+    once("all")
+    planned = job_for(RunDir.open(folder / "ours-all"), folder, True, cores)
+    (CACHE / "job.json").write_text(json.dumps(planned), encoding="utf-8")
+    staged = call("staged.py", planned, folder)
+    once("curation")
     aside = scratch("reference")
     few = {**planned, "tasks": planned["tasks"][:: 1 if quick else 4], "processes": 1, "folder": str(aside)}
     reference = call("staged.py", {**few, "as_reference": True}, aside)
     shutil.rmtree(aside)
     alone = as_reference(reference, few, planned, staged, found)
-    last = RunDir.open(folder / f"ours-all-{turns - 1}")
+    last = RunDir.open(folder / "ours-all")
     mine = decisions(last)
     result = {
         "minutes_of_video": round(sum(t["n_frames"] / t["sample_fps"] for t in planned["tasks"]) / 60, 2),
