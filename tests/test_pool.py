@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -163,3 +165,34 @@ pool.warm("never_imported")
 print("ended")
 """
     assert in_a_process_of_its_own(script) == ["ended"]
+
+
+def test_ctrl_c_while_it_is_warmed_says_nothing(tmp_path, monkeypatch):
+    marker = tmp_path / "importing"
+    slow = f"import pathlib, time\n\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(600)\n"
+    (tmp_path / "never_imported.py").write_text(slow)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    script = """
+import time
+from ego2robot.jobs import pool
+
+pool.warm("never_imported")
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    time.sleep(1)  # for what the other one has to say
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        until = time.monotonic() + 60
+        while not marker.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert marker.exists()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and said == ""

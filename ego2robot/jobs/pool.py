@@ -12,6 +12,7 @@ import functools
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
@@ -283,7 +284,9 @@ def warm(*modules: str) -> None:
     Called first thing, that happens on another core while this process imports things of its own.
     """
     _forkserver(*modules)
-    # It ignores Ctrl-C once it has imported; until then a traceback would come of it.
+    # It ignores Ctrl-C once it has imported; until then a traceback would come of it. Starting the tracker,
+    # which comes with it, would take the signal's block away.
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         multiprocessing.forkserver.ensure_running()
