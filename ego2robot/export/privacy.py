@@ -280,13 +280,7 @@ def _make_salt(path: Path) -> None:
             file.write(secrets.token_hex(SALT_BYTES) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(aside, path)  # fails where another process was faster
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            if not path.exists():
-                aside.replace(path)
+        atomic.settle(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     atomic.sync_folder(path.parent)

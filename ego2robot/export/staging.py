@@ -90,12 +90,7 @@ class Staging:
         aside = path.with_name(f"plan-{secrets.token_hex(6)}.parquet")
         atomic.write(aside, fill)
         try:
-            os.link(aside, path)  # fails where another process was faster
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            if not path.exists():
-                aside.replace(path)
+            atomic.settle(aside, path)
         finally:
             aside.unlink(missing_ok=True)
         atomic.sync_folder(self.folder)

@@ -82,3 +82,15 @@ def write_parquet(path: Path, table: pa.Table, row_group: int = 1 << 16) -> None
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settle(aside: Path, path: Path) -> None:
+    """Gives the complete file ``aside`` the name ``path`` too, unless there is one: the first of several
+    processes wins, and what others may have open is never replaced. The caller removes ``aside``."""
+    try:
+        os.link(aside, path)  # fails where another process was faster
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            aside.replace(path)
