@@ -212,10 +212,26 @@ def share(
     if staging.published(PROVENANCE):
         return 0
     with staging.held(shared=True):
-        staging.plan(prepared.choice.table, prepared.starts)
-        timeout_s, tell = run.config.decode.timeout_s, progress or (lambda done, total: None)
-        work_off(staging, factory, (prepared.order,), workers, timeout_s, tell, shard)
+        work_on(run, prepared, factory, workers, progress, shard)
         return staging.n_left
+
+
+def work_on(
+    run: RunDir,
+    prepared: Prepared,
+    factory: Callable[..., Work],
+    workers: int,
+    progress: Tell | None,
+    shard: Shard | None = None,
+) -> None:
+    """Does the units that are not done yet, all or a share of them; the staging folder is held.
+
+    Args:
+        factory: from an :class:`Order` to what :func:`worker` gives.
+    """
+    prepared.staging.plan(prepared.choice.table, prepared.starts)
+    timeout_s, tell = run.config.decode.timeout_s, progress or (lambda done, total: None)
+    work_off(prepared.staging, factory, (prepared.order,), workers, timeout_s, tell, shard)
 
 
 class Store:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from ego2robot.export import clips
 from ego2robot.export.clips import FIELDS, ClipsResult, Encoded, Order, Store
 from ego2robot.export.files import TableFile
-from ego2robot.export.staging import Item, Staging, Task, Tell, remove_leftovers, work_off
+from ego2robot.export.staging import Item, Staging, Task, Tell, remove_leftovers
 from ego2robot.jobs.claims import Shard
 from ego2robot.store import atomic, schema
 from ego2robot.store.rundir import RunDir
@@ -48,10 +48,7 @@ def export_parquet(
     staging, order = prepared.staging, prepared.order
     with staging.held():
         remove_leftovers(order.out)
-        staging.plan(prepared.choice.table, prepared.starts)
-        work_off(
-            staging, _worker, (order,), workers, run.config.decode.timeout_s, progress or (lambda *_: None)
-        )
+        clips.work_on(run, prepared, _worker, workers, progress)
         failed = _tables(staging, order)
         left_out = clips.skipped(prepared, failed)
         clips.describe(run, prepared, left_out, {}, LOADING)

@@ -20,7 +20,7 @@ import numpy as np
 from ego2robot.export import clips
 from ego2robot.export.clips import ClipsResult, Encoded, Order, Store
 from ego2robot.export.files import cut
-from ego2robot.export.staging import Item, Staging, Task, Tell, each, remove_leftovers, unwritable, work_off
+from ego2robot.export.staging import Item, Staging, Task, Tell, each, remove_leftovers, unwritable
 from ego2robot.jobs.claims import Shard
 from ego2robot.store.rundir import RunDir
 
@@ -56,10 +56,7 @@ def export_webdataset(
     staging, order = prepared.staging, prepared.order
     with staging.held():
         remove_leftovers(order.out)
-        staging.plan(prepared.choice.table, prepared.starts)
-        work_off(
-            staging, _worker, (order,), workers, run.config.decode.timeout_s, progress or (lambda *_: None)
-        )
+        clips.work_on(run, prepared, _worker, workers, progress)
         failed, pieces = _made(staging)
         shards = cut(np.array([size for *_, size in pieces], np.int64), max(1.0, shard_mb * (1 << 20)))
         tasks = [
